@@ -53,17 +53,18 @@ class ForkedProcess:
 
     @property
     def out(self) -> str:
-        return (self._output / "out").read_text()
+        return (self._output / "out").read_text(errors="replace")
 
     @property
     def err(self) -> str:
-        return (self._output / "err").read_text()
+        # It may be in the middle of a sign.
+        return (self._output / "err").read_text(errors="replace")
 
     def poll(self) -> int | None:
         """The exit code, or minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Return the exit code. Raises TimeoutError, with what was printed, after `timeout`
         seconds.
         """

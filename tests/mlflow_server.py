@@ -53,7 +53,7 @@ class MlflowServer:
                     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                 },
             )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             try:
                 urlopen(f"{self.uri}/health", timeout=5).read()

@@ -103,7 +103,7 @@ class TestTakeover:
     def test_of_another_machine_when_it_has_been_silent(self, store: Store, lease_of) -> None:
         write_lease(store)
         lease = lease_of()
-        waited = acquire_within(lease, 10)
+        waited = acquire_within(lease, 600)
         assert waited is not None and waited >= FAST.expires_after
         assert read_holder(store) == (HERE, ME) and lease.describe_live_holder() == ""
 
@@ -145,7 +145,7 @@ class TestTakeover:
     ) -> None:
         """Earlier versions emptied the file of a lease before they deleted it."""
         store.create(KEY, content)
-        waited = acquire_within(lease_of(), 10)
+        waited = acquire_within(lease_of(), 600)
         assert waited is not None and waited >= FAST.expires_after
 
     def test_a_time_without_the_store_is_no_silence(self, store: Store, lease_of, monkeypatch):
@@ -183,7 +183,7 @@ def count_while_held(location: str, folder: Path, times: LeaseTimes) -> None:
 
 
 def wait_until(condition: Callable[[], bool], process: ForkedProcess) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.01)
@@ -215,8 +215,9 @@ def test_a_paused_holder_wakes_notices_and_writes_nothing(
     if renewal_interval < 1:
         assert acquire_within(lease, 2 * FAST.expires_after) is None
     holder.send_signal(signal.SIGSTOP)
-    waited = acquire_within(lease, 30)
-    assert waited is not None and waited > FAST.expires_after - 3 * FAST.renewal_interval
+    lease = lease_of()
+    waited = acquire_within(lease, 600)
+    assert waited is not None and waited >= FAST.expires_after
     n_lines = len((tmp_path / "lines").read_text())
     holder.send_signal(signal.SIGCONT)
     assert holder.wait() == 0
@@ -248,12 +249,12 @@ def test_a_bucket_folder_is_in_use_while_its_lease_is_renewed(store: Store) -> N
 
 
 def test_the_lease_of_a_killed_holder_is_taken_over_at_once(start_holder, lease_of) -> None:
-    slow = LeaseTimes(10.0, 60.0)
+    slow = LeaseTimes(10.0, 6000.0)
     holder = start_holder(slow)
     lease = lease_of(slow)
     assert not lease.try_acquire()
     holder.kill()
-    assert acquire_within(lease, 5) is not None
+    assert acquire_within(lease, 600) is not None
 
 
 class TestOutage:
@@ -307,7 +308,7 @@ class TestOutage:
             raise StoreUnavailable("it does not answer")
 
         monkeypatch.setattr(store, "replace", fail)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while n_failures[0] < 3:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -327,7 +328,7 @@ class TestOutage:
         monkeypatch.setattr(store, "delete", fail)
         lease.release()
         monkeypatch.undo()
-        assert acquire_within(lease_of(), 10) is not None, "it expires"
+        assert acquire_within(lease_of(), 600) is not None, "it expires"
 
 
 class TestLegacyClaims:
@@ -355,7 +356,7 @@ class TestLegacyClaims:
         assert not claims.observe() and len(store.list_files()) == 3, "they are no claims"
         store.delete_folder(".claims")
         self.claim(store, "elsewhere", NOBODY)
-        waited = self.observe_within(claims, 10)
+        waited = self.observe_within(claims, 600)
         assert waited is not None and waited >= FAST.expires_after
         assert claims.live_owner == "" and not store.list_files()
 
@@ -363,7 +364,7 @@ class TestLegacyClaims:
         times = LeaseTimes(0.5, 3.0)  # Object stores count in whole seconds.
         claims = LegacyClaims(store, ".claims/alone", times)
         key = self.claim(store, "elsewhere", 77)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not claims.live_owner:
             assert claims.observe() and time.monotonic() < deadline
             time.sleep(0.3)
@@ -450,7 +451,7 @@ def test_the_check_of_a_held_folder_stays_in_its_process(store: Store) -> None:
         (lease,) = held.list_files(".claims/*")
         values = {**json.loads(held.store.read_bytes(lease.key)), "token": "another"}
         sent.store.write_bytes(lease.key, json.dumps(values).encode())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while True:
             try:
                 held.store.require_writable()
@@ -487,7 +488,7 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(store: Store, tmp_path
     ]
     for turn in range(ROUNDS):
         (tmp_path / f"go-{turn}").touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(list(tmp_path.glob(f"{turn}-*"))) < CONTENDERS:
             assert time.monotonic() < deadline, [process.err for process in contenders]
             time.sleep(0.002)

@@ -276,8 +276,9 @@ def test_a_sweep_of_which_every_trial_fails_is_work_that_failed(
 def test_ctrl_c_is_130_and_the_same_command_resumes(workdir: Path) -> None:
     long = ["train", "at", *SMALL[2:], "--set", "epochs=400", "--name", "night"]
     process = forked_processes.start_command(long, workdir)
-    deadline = time.monotonic() + 60
-    while "epoch 1/400" not in process.err and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while "epoch 1/400" not in process.err:
+        assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, process.err

@@ -130,7 +130,7 @@ def run(folder: Path, stage: str | None = None, when: str = "") -> ForkedProcess
         imports=forked_processes.COMMANDS,
     )
     process.wait()
-    assert not psutil.wait_procs(_started_by(folder), timeout=120)[1], (
+    assert not psutil.wait_procs(_started_by(folder), timeout=600)[1], (
         "workers outlive their driver"
     )
     return process

@@ -89,10 +89,9 @@ class TestTakeover:
             if line.startswith("host=")
         )
         held.release()
-        write_marker(tmp_path / "key.claim", host=host, **owner)
-        lease = FolderLease(tmp_path / "key.claim", FAST)
-        waited = acquire_within(lease, 0.4)
-        assert waited is not None, "at once, not when it expires"
+        write_marker(tmp_path / "key.claim", host=host, duration=6000, **owner)
+        lease = FolderLease(tmp_path / "key.claim", LeaseTimes(0.1, 6000))
+        assert acquire_within(lease, 600) is not None, "at once, not when it expires"
         lease.release()
 
     def test_of_another_machine_when_it_has_been_silent(self, tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ class TestTakeover:
             then = time.time() + offset
             os.utime(file, (then, then))
             lease = FolderLease(file, FAST)
-            waited = acquire_within(lease, 10)
+            waited = acquire_within(lease, 600)
             assert waited is not None and waited >= FAST.expires_after
             lease.release()
 
@@ -119,7 +118,7 @@ class TestTakeover:
         monkeypatch.setattr(filelock._soft, "MALFORMED_LOCK_AGE_THRESHOLD", 0.2)
         (tmp_path / "key.claim").write_text(f"{HERE} {os.getpid()}")
         lease = FolderLease(tmp_path / "key.claim", FAST)
-        waited = acquire_within(lease, 5)
+        waited = acquire_within(lease, 600)
         assert waited is not None and waited >= 0.2
         lease.release()
 
@@ -136,7 +135,7 @@ def hold_and_report(file: Path, reports: Path) -> None:
 
 
 def wait_for(path: Path, process: ForkedProcess) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.01)
@@ -157,8 +156,9 @@ def test_a_paused_holder_loses_its_lease_and_notices_when_it_wakes(
     lease = FolderLease(tmp_path / "key.claim", FAST)
     assert acquire_within(lease, 2 * FAST.expires_after) is None, "it lives"
     holder.send_signal(signal.SIGSTOP)
-    waited = acquire_within(lease, 30)
-    assert waited is not None and waited > FAST.expires_after - 3 * FAST.renewal_interval
+    lease = FolderLease(tmp_path / "key.claim", FAST)
+    waited = acquire_within(lease, 600)
+    assert waited is not None and waited >= FAST.expires_after
     holder.send_signal(signal.SIGCONT)
     assert holder.wait() == 0
     assert (tmp_path / "lost").exists() and not lease.is_lost
@@ -170,8 +170,8 @@ def test_the_lease_of_a_killed_holder_is_taken_over_at_once(
     holder: ForkedProcess, tmp_path: Path
 ) -> None:
     holder.kill()
-    lease = FolderLease(tmp_path / "key.claim", LeaseTimes(1.0, 30.0))
-    assert acquire_within(lease, 5) is not None
+    lease = FolderLease(tmp_path / "key.claim", LeaseTimes(1.0, 6000.0))
+    assert acquire_within(lease, 600) is not None
     lease.release()
 
 
@@ -190,8 +190,11 @@ def contend(folder: Path, number: int) -> None:
         while not (place / "go").exists():
             time.sleep(0.001)
         lease = FolderLease(place / "key.claim")
-        # The first attempt may only find that another contender is replacing the file.
-        has_won = acquire_within(lease, 0.1) is not None
+        # An attempt may only find that another contender is replacing the file. The last one, after
+        # somebody has won, must fail.
+        while not (has_won := lease.try_acquire()) and not list(place.glob("won-*")):
+            time.sleep(0.001)
+        has_won = has_won or lease.try_acquire()
         (place / f"{'won' if has_won else 'lost'}-{number}").touch()
         while not (place / "end").exists():
             time.sleep(0.001)
@@ -205,7 +208,7 @@ def test_an_empty_file_is_taken_over_when_it_has_stayed_so(tmp_path: Path) -> No
     lease = FolderLease(tmp_path / "key.claim", FAST)
     began = time.monotonic()
     while not lease.try_acquire():
-        assert time.monotonic() < began + 30
+        assert time.monotonic() < began + 600
         time.sleep(0.05)
     assert time.monotonic() - began >= FAST.expires_after
     other = FolderLease(tmp_path / "key.claim", FAST)
@@ -225,7 +228,7 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path) -> Non
     for turn in range(ROUNDS):
         place = tmp_path / str(turn)
         (place / "go").touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
             assert time.monotonic() < deadline, [process.err for process in contenders]
             time.sleep(0.002)

@@ -18,7 +18,7 @@ def test_the_notebook_runs(ray_cluster, workdir: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workdir)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(workdir)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [
         output for output in outputs if output.get("name") == "stderr" and "Error" in output["text"]

@@ -65,7 +65,7 @@ def has_ended_trial(sweep: Path) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], process: ForkedProcess) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

@@ -60,7 +60,7 @@ class Rank:
 
 def on_two_workers(work: Callable[[WorkerGroup], Any]) -> list[Any]:
     """Run `work` on both workers and return both results."""
-    barrier, values, found = threading.Barrier(2, timeout=60), {}, {}
+    barrier, values, found = threading.Barrier(2, timeout=600), {}, {}
     ranks = [Rank(rank, barrier, values) for rank in range(2)]
     threads = [threading.Thread(target=lambda r=r: found.update({r.rank: work(r)})) for r in ranks]
     for thread in threads:

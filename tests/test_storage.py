@@ -561,7 +561,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     study = f"sqlite:///{tmp_path}/optuna.db"
     places = ["--storage", uri, "--optuna", study]
     process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", *places)
-    sweep, deadline = open_path(uri) / "s", time.monotonic() + 120
+    sweep, deadline = open_path(uri) / "s", time.monotonic() + 600
     trials: list[Trial] = []
     while sum(trial.epoch for trial in trials) < 5 or all(
         trial.state == "running" for trial in trials
@@ -574,7 +574,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     assert {trial.state for trial in before.values()} > {"running"}, (
         "some have ended, some have not"
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while find_descendants("ray::Implicit"):
         assert time.monotonic() < deadline, "the cluster ends the trials of a driver that is gone"
         time.sleep(0.1)

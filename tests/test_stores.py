@@ -464,7 +464,7 @@ def hold_file_lock(folder: Path) -> None:
 
 
 def wait_for(file: Path, process: forked_processes.ForkedProcess) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not file.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.01)

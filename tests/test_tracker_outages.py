@@ -203,7 +203,7 @@ def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
     process = forked_processes.start_function(
         run_command_that_waits, train("run", 8), stopped, imports=forked_processes.COMMANDS
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (run := list_runs(server.database_uri).get("run")) or not list_epochs(
         server.database_uri, run
     ):
@@ -388,7 +388,7 @@ def test_a_locked_database_neither_ends_nor_delays_a_run(
     process = forked_processes.start_function(
         train_impatiently, train("second", 4), locked, imports=forked_processes.COMMANDS
     )
-    uri, deadline = f"sqlite:///{database}", time.monotonic() + 120
+    uri, deadline = f"sqlite:///{database}", time.monotonic() + 600
     while not (workdir / "runs" / "second").is_dir() or "second" not in list_runs(uri):
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.1)
