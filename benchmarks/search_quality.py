@@ -1,6 +1,7 @@
 """Replay samplers and schedulers on recorded curves, and print what each finds for how many epochs.
 
     python benchmarks/search_quality.py [--table benchmarks/search_curves.npz] [--repeats 100]
+    python benchmarks/search_quality.py --spaces gairat --prefer-shared
 
 A simulated sweep proposes settings, trains the nearest recorded one that it has not tried, stops
 trials as its scheduler says, and chooses the trial with the best validated epoch, as a real sweep
@@ -151,6 +152,31 @@ class Proposer:
         self.study.add_trial(to_sampler_trial(self.space, trial))
 
 
+class SharedProposer(Proposer):
+    """The same, but of two random candidates it takes the one that shares more epochs.
+
+    Only random candidates are equally promising: those at the start, or all of random search.
+    """
+
+    def __init__(self, table: Table, sampler: Sampler) -> None:
+        super().__init__(table, sampler)
+        self.table = table
+        self.n_points = len(self.space.initial_points)
+        self.n_random = np.inf if sampler.kind == "random" else sampler.n_startup_trials
+        self.n_proposed = 0
+
+    def propose(self) -> Params:
+        first = super().propose()
+        self.n_proposed += 1
+        if not self.n_points < self.n_proposed <= self.n_random:
+            return first
+        second = super().propose()
+        first_shared, second_shared = (
+            self.table.burn_in[self.table.find_nearest(params, [])] for params in (first, second)
+        )
+        return second if second_shared > first_shared else first
+
+
 @dataclass
 class Asha:
     """ASHA as the sweep runs it."""
@@ -178,7 +204,11 @@ class NeverStop:
 
 
 def simulate(
-    table: Table, sampler: Sampler, scheduler: Any, max_epochs: int, shared_seed: int
+    table: Table,
+    proposer: Proposer,
+    scheduler: Any,
+    max_epochs: int,
+    shared_seed: int,
 ) -> tuple[list[tuple[int, float]], list[int], list[int]]:
     """Run a sweep on the table, until it has trained for `max_epochs`.
 
@@ -186,7 +216,6 @@ def simulate(
         After each trial the epochs trained and the truth of the choice; the settings in the order
         of their trials; and those that were stopped.
     """
-    proposer = Proposer(table, sampler)
     tried: list[int] = []
     running: list[tuple[float, int, int]] = []
     ended: dict[int, int] = {}
@@ -233,30 +262,36 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 
 
 def evaluate(
-    table: Table, sampler: str, scheduler: str, max_epochs: int, repeats: int
-) -> tuple[np.ndarray, float]:
+    table: Table,
+    sampler: str,
+    scheduler: str,
+    max_epochs: int,
+    repeats: int,
+    make_proposer: type[Proposer] = Proposer,
+) -> tuple[np.ndarray, float, float]:
     """Run many sweeps.
 
     Returns:
-        The gain after 1, 2, ... epochs, (repeats, max_epochs); and the share of the three best
-        settings of a sweep that were stopped.
+        The gain after 1, 2, ... epochs, (repeats, max_epochs); the share of the three best settings
+        of a sweep that were stopped; and the mean number of epochs of the first ten trials.
     """
     low, high = table.truth.mean(), table.truth.max()
     gains = np.zeros((repeats, max_epochs))
-    n_wrong = 0
+    n_wrong, ten_trials = 0, []
     for repeat in range(repeats):
         trace, tried, stopped = simulate(
             table,
-            Sampler.from_data({**SAMPLERS[sampler], "seed": 1000 * repeat}),
+            make_proposer(table, Sampler.from_data({**SAMPLERS[sampler], "seed": 1000 * repeat})),
             SCHEDULERS[scheduler](),
             max_epochs,
             repeat % 2,
         )
         for cost, truth in trace:
             gains[repeat, cost - 1 :] = (truth - low) / (high - low)
+        ten_trials.append(trace[:10][-1][0])
         best = sorted(tried, key=lambda index: -table.truth[index])[:3]
         n_wrong += sum(index in best for index in stopped)
-    return gains, n_wrong / (3 * repeats)
+    return gains, n_wrong / (3 * repeats), float(np.mean(ten_trials))
 
 
 def draw_gains(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
@@ -301,6 +336,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument(
+        "--prefer-shared",
+        action="store_true",
+        help="of two random candidates take the one that shares more epochs",
+    )
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -314,19 +354,26 @@ def main() -> None:
         header = [
             *("sampler", "scheduler"),
             *(f"gain, {budget} epochs" for budget in budgets),
-            "best three stopped",
+            *("best three stopped", "epochs of ten trials"),
         ]
         rows: list[list[str]] = []
         curves[name] = {}
         for sampler in args.samplers:
             for scheduler in SCHEDULERS:
-                gains, wrong = evaluate(table, sampler, scheduler, budgets[-1], args.repeats)
+                gains, wrong, epochs = evaluate(
+                    table,
+                    sampler,
+                    scheduler,
+                    budgets[-1],
+                    args.repeats,
+                    SharedProposer if args.prefer_shared else Proposer,
+                )
                 curves[name][f"{sampler}, {scheduler}"] = gains
                 cells = [
                     f"{column.mean():.2f} +- {column.std() / len(column) ** 0.5:.2f}"
                     for column in gains[:, [budget - 1 for budget in budgets]].T
                 ]
-                rows.append([sampler, scheduler, *cells, f"{wrong:.0%}"])
+                rows.append([sampler, scheduler, *cells, f"{wrong:.0%}", f"{epochs:.1f}"])
         print(format_table(header, rows), flush=True)
     if args.figure:
         draw_gains(curves, args.figure)

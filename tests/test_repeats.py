@@ -118,6 +118,35 @@ class TestSettings:
         assert expected_sweep_epochs(make_space(), 3) == 33
         assert expected_sweep_epochs(make_space(repeat=0), 3) == 15
 
+    @pytest.mark.needs_ray
+    def test_plans_say_it_for_new_and_for_ended_sweeps(
+        self, workdir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from raysweep.cli import main
+
+        settings = [f"--set={name}={value}" for name, value in {**TINY, "repeat": 3}.items()]
+        plans = []
+        for more in ([], ["--set=repeat=0"]):
+            assert main(["tune", "at", "--plan", "--json", *settings, *more]) == 0
+            plans.append(json.loads(capsys.readouterr().out))
+        assert [plan["repeats"] for plan in plans] == [6, 0]
+        assert plans[0]["epochs_expected"] - plans[1]["epochs_expected"] == 6 * 2
+        n_runs = [plan["trials"] + plan["repeats"] for plan in plans]
+        ratio = plans[0]["checkpoint_bytes"] / plans[1]["checkpoint_bytes"]
+        assert ratio == pytest.approx(n_runs[0] / n_runs[1])
+        assert main(["tune", "at", "--plan", *settings]) == 0
+        words = " ".join(capsys.readouterr().out.split())
+        assert (
+            "of these, at most 12 epochs repeat the best trials with other seeds (6 repeats)"
+            in words
+        )
+        # One is told apart after the second seeds: the third ones are not needed.
+        runs = [make_repeat(0, 1, 160), *(make_repeat(n, 1, 60 - n) for n in range(1, 4))]
+        trials = [make_trial(0, 160), *(make_trial(n, 60 - n) for n in range(1, 5))]
+        make_ledger(workdir / "runs", *trials, *runs, base={**TINY, "epochs": 3})
+        assert main(["tune", "--resume", "sweep", "--plan", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["epochs_expected"] == 0
+
     def test_leaders_share_the_burn_in_of_a_seed_also_with_a_base_run(self) -> None:
         space = load_space("gairat", {"*.burn_in": 2, "epochs": 4, "repeat": 3})
         lam = "method.terms.pgd.weight.lam"
