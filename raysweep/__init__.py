@@ -5,10 +5,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raysweep.evaluation import evaluate
-    from raysweep.result_loading import load, load_report, load_sweep
+    from raysweep.errors import RaysweepError
+    from raysweep.evaluation import RobustnessReport, evaluate
+    from raysweep.python_api import run, train, tune
+    from raysweep.result_loading import Sweep, load, load_report, load_sweep
+    from raysweep.run_comparison import compare
 
-__all__ = ["evaluate", "load", "load_report", "load_sweep"]
+__all__ = [
+    "RaysweepError",
+    "RobustnessReport",
+    "Sweep",
+    "compare",
+    "evaluate",
+    "load",
+    "load_report",
+    "load_sweep",
+    "run",
+    "train",
+    "tune",
+]
 
 __version__ = "0.2.0"
 
@@ -16,15 +31,22 @@ __version__ = "0.2.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY_EXPORTS = {
+    "RaysweepError": "raysweep.errors",
+    "RobustnessReport": "raysweep.evaluation",
+    "Sweep": "raysweep.result_loading",
+    "compare": "raysweep.run_comparison",
     "evaluate": "raysweep.evaluation",
     "load": "raysweep.result_loading",
     "load_report": "raysweep.result_loading",
     "load_sweep": "raysweep.result_loading",
+    "run": "raysweep.python_api",
+    "train": "raysweep.python_api",
+    "tune": "raysweep.python_api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import `evaluate` and `load...` at first use, so that `import raysweep` needs no torch."""
+    """Import a name at first use, so that `import raysweep` needs no torch."""
     if name in _LAZY_EXPORTS:
         return getattr(import_module(_LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module 'raysweep' has no attribute {name!r}")

@@ -6,44 +6,26 @@ only, so that `raysweep --help` answers at once.
 
 import argparse
 import difflib
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from traceback import format_exception
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from raysweep import __version__
-from raysweep.code_files import forget_code_afterwards
-from raysweep.commands import doctor, run, show, sync, train, tune
+from raysweep.commands import compare, doctor, run, show, sync, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
-from raysweep.disk_space import is_disk_full_error
-from raysweep.errors import (
-    ChangedValueWarning,
-    CompatibilityWarning,
-    ExitCode,
-    InfrastructureError,
-    RaysweepError,
-    WorkInterrupted,
-    describe_os_error,
-    get_first_line,
-    is_infrastructure_error,
-)
-from raysweep.file_privacy import private_files
-from raysweep.logs import command_log
+from raysweep.commands.session import RESUMABLE_COMMANDS, command_session
+from raysweep.errors import ExitCode, InfrastructureError, RaysweepError
+from raysweep.logs import format_command_line
 from raysweep.output_streams import OutputClosed, forgiving_output
 from raysweep.redaction import redact_secrets
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
-from raysweep.user_folders import provide_library_folders
 from raysweep.visible_text import shorten_line, visible_output
 
-logger = logging.getLogger(__name__)
-
-_COMMAND_MODULES = (list_command, show, train, tune, run, sync, doctor, eval_command)
+_COMMAND_MODULES = (list_command, show, train, tune, run, compare, sync, doctor, eval_command)
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and evaluate
@@ -60,19 +42,8 @@ store, bucket, package, GPU or disk is missing, full or does not answer; 4 a fil
 5 done, and a report saw a regression; 130 interrupted.
 """
 
-# Commands that resume if they are run again as they are.
-_RESUMABLE_COMMANDS = ("train", "run", "eval", "sync")
 # Commands whose end is more than their output.
-_WORK_COMMANDS = (*_RESUMABLE_COMMANDS, "tune")
-# Libraries that only some commands need: {module: (name for messages, requirement for pip)}.
-_OPTIONAL_REQUIREMENTS = {"ray": ("Ray", "ray[default,tune,train]"), "mlflow": ("MLflow", "mlflow")}
-# Errors of libraries about something that the work needs: (module, class).
-_INFRASTRUCTURE_ERRORS = (
-    ("mlflow.exceptions", "MlflowException"),
-    ("optuna.exceptions", "StorageInternalError"),
-    ("ray.exceptions", "RaySystemError"),
-    ("sqlalchemy.exc", "OperationalError"),
-)
+_WORK_COMMANDS = (*RESUMABLE_COMMANDS, "tune")
 
 
 class _OneLineErrorParser(argparse.ArgumentParser):
@@ -134,10 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.excepthook = _print_traceback
     works = given_arguments[:1] and given_arguments[0] in _WORK_COMMANDS
     with forgiving_output(is_all=not works), visible_output():
+        if not given_arguments:
+            build_parser().print_help(sys.stderr)
+            return ExitCode.WRONG_SETTINGS
         args = _parse_arguments(given_arguments)
-        _disable_telemetry()
-        with _one_line_warnings():
-            return _run_command(args, given_arguments)
+        return _run_command(args, given_arguments)
 
 
 def _refuse_windows() -> int:
@@ -159,16 +131,6 @@ def _print_traceback(
         sys.stderr.write(redact_secrets("".join(lines)))
 
 
-def _disable_telemetry() -> None:
-    """Keep Ray and MLflow from sending usage statistics to their makers, unless the user wants it.
-
-    Each of them is told so again where raysweep starts to use it. This is for the user's own code
-    that a command imports, and for processes that it starts.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; suggest the nearest option for an unknown one."""
     parser = build_parser()
@@ -183,47 +145,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Print warnings of raysweep as one line on stderr, without file name and line number."""
-    from raysweep.spec import FormerNameWarning
-
-    original_showwarning = warnings.showwarning
-
-    def showwarning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        one_line = FormerNameWarning | ChangedValueWarning | CompatibilityWarning
-        if issubclass(category, one_line):
-            logger.warning("%s", message)
-        else:
-            original_showwarning(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = showwarning
-    try:
-        yield
-    finally:
-        warnings.showwarning = original_showwarning
-
-
 def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     """Run the command; print an expected error and return its exit code."""
+    command_line = format_command_line(arguments)
     try:
-        with (
-            private_files(),
-            forget_code_afterwards(),
-            command_log(arguments, getattr(args, "verbose", False)) as log,
-        ):
-            with _convert_expected_errors(args.command):
-                provide_library_folders()
-                args.run_command(args)
-                sys.stdout.flush()
-            log.exit_code = ExitCode.DONE
+        with command_session(args.command, command_line, getattr(args, "verbose", False)):
+            args.run_command(args)
+            sys.stdout.flush()
         return ExitCode.DONE
     except RaysweepError as error:
         _print_error(error)
@@ -231,53 +159,6 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode
     except OutputClosed:
         # The reader of the output has enough (`raysweep list | head`).
         return ExitCode.DONE
-
-
-@contextmanager
-def _convert_expected_errors(command: str) -> Iterator[None]:
-    """Raise errors that a user should see as a RaysweepError; bugs keep their class."""
-    try:
-        yield
-    except OutputClosed:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        expected = _find_expected_error(error, command)
-        if expected is None or expected is error:
-            raise
-        raise expected from error
-
-
-def _find_expected_error(error: BaseException, command: str) -> RaysweepError | None:
-    """Return the error that the user should see; None for a bug, which needs its traceback."""
-    if isinstance(error, WorkInterrupted | KeyboardInterrupt):
-        hint = "; run the same command to resume" if command in _RESUMABLE_COMMANDS else ""
-        reason = str(error) or "interrupted"
-        return WorkInterrupted(f"{reason}{hint}")
-    if isinstance(error, RaysweepError):
-        return error
-    if isinstance(error, ModuleNotFoundError) and error.name in _OPTIONAL_REQUIREMENTS:
-        title, requirement = _OPTIONAL_REQUIREMENTS[error.name]
-        install = f"pip install '{requirement}'"
-        return InfrastructureError(
-            f"`raysweep {command}` needs {title}, which is not installed: {install}"
-        )
-    if isinstance(error, OSError) and is_infrastructure_error(error):
-        return InfrastructureError(describe_os_error(error))
-    if isinstance(error, Exception) and is_disk_full_error(error):
-        return InfrastructureError(get_first_line(error))
-    if isinstance(error, _load_library_errors()):
-        lines = str(error).splitlines() or [type(error).__name__]
-        return InfrastructureError(lines[0])
-    return None
-
-
-def _load_library_errors() -> tuple[type[BaseException], ...]:
-    """Return the errors of `_INFRASTRUCTURE_ERRORS` whose libraries have been imported."""
-    return tuple(
-        getattr(sys.modules[module], name)
-        for module, name in _INFRASTRUCTURE_ERRORS
-        if module in sys.modules
-    )
 
 
 def _print_error(error: RaysweepError) -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raysweep.attacks import PGD
+from raysweep.evaluation.paired_statistics import PairedDifference
 from raysweep.instance_weights import GeometryWeight, UniformWeight, WeightInputs
 from raysweep.plots import MetricHistory, select_metric
 from raysweep.text_figure import TextFigure
@@ -75,6 +76,39 @@ def plot_metric_grid(
         axes_of_group[0].set_title(title, fontsize=_LABEL_SIZE + 1)
         # The first panel of a metric has all runs; that of the weights may lack some.
         axes_of_group[int(has_weight_functions)].legend(fontsize=_LABEL_SIZE - 1)
+    return figure
+
+
+def plot_run_comparison(
+    runs: Mapping[str, PlottedRun],
+    metrics: Sequence[str],
+    differences: Mapping[str, PairedDifference],
+) -> Figure:
+    """Plot metrics of several runs over epochs, and their differences with intervals.
+
+    Args:
+        runs: Runs by label.
+        metrics: Metrics such as `clean`, with a panel each.
+        differences: Differences between accuracies, by what was compared.
+
+    Returns:
+        The figure. A difference whose interval includes 0 is grey.
+    """
+    figure, ((*panels, forest),) = _create_grid(1, len(metrics) + 1)
+    figure.set_size_inches(
+        _PANEL_WIDTH * (len(metrics) + 2), max(_PANEL_HEIGHT, 0.4 * len(differences) + 1)
+    )
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_metrics(axes, runs, (metric,), as_errors=False)
+    panels[0].legend(fontsize=_LABEL_SIZE - 1)
+    for row, pair in enumerate(differences.values()):
+        color = "C0" if pair.is_told_apart else "0.5"
+        forest.plot([pair.low, pair.high], [row, row], color=color, linewidth=1)
+        forest.plot(pair.difference, row, "o", color=color, markersize=4)
+    forest.axvline(0, color="0", linewidth=0.5)
+    forest.set_yticks(range(len(differences)), list(differences))
+    forest.invert_yaxis()
+    forest.set_xlabel("difference in accuracy, 95% interval", fontsize=_LABEL_SIZE)
     return figure
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raysweep.bounded_files import FileTooLarge, read_parquet_table
 from raysweep.code_files import forget_code_afterwards, open_code_file, open_function_file
 from raysweep.errors import DamagedFileError
+from raysweep.formatting import format_count
 from raysweep.leases import is_folder_in_use
 from raysweep.run_lookup import (
     download_from_mlflow,
@@ -153,7 +154,7 @@ def load_report(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """Trials and epochs of a sweep as pandas tables.
 
@@ -162,6 +163,16 @@ class Sweep:
     """
 
     ledger: Ledger
+
+    def __repr__(self) -> str:
+        """Return the name, how many trials have ended, and the best one, in a line."""
+        ledger = self.ledger
+        text = f"{ledger.count_ended_trials()} of {ledger.space.n_trials} trials ended"
+        best = ledger.find_best_trial()
+        if best is not None:
+            objective = ledger.space.objectives[0]
+            text += f", best {best.title} with {objective} {best.score(objective):.3f}"
+        return f"<Sweep {ledger.name}: {text}>"
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -342,7 +353,7 @@ def format_resume_command(ledger: Ledger) -> str:
     return shlex.join(words)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingRun:
     """What is known about a run of `raysweep train`.
 
@@ -365,6 +376,15 @@ class TrainingRun:
     best: EpochMetrics = field(default_factory=dict)
     checkpoint: StorePath | None = None
     reason: str = ""
+
+    def __repr__(self) -> str:
+        """Return the name, the state and the best epoch, in a line."""
+        text = f"{self.state} after {format_count(self.n_epochs, 'epoch')}"
+        if self.config is not None:
+            objective = self.config.validation.objective
+            value = self.best.get(objective, math.nan)
+            text += f", best epoch {int(self.best['epoch'])} with {objective} {value:.3f}"
+        return f"<TrainingRun {self.name}: {text}>"
 
     def to_json_dict(self) -> JsonDict:
         """Convert to plain data for `--json`."""

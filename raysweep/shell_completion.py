@@ -47,6 +47,12 @@ def build_completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         zsh.append(f"{function}() {{ compadd -- {choices}; _files }}")
         action = next(action for action in commands[name]._actions if action.dest == dest)
         action.complete = dict.fromkeys(SUPPORTED_SHELLS, function)
+    # Sweeps and training runs come and go: the shell lists them when it completes.
+    runs, files = '"$(ls runs 2>/dev/null)" -- "$1"', 'compgen -f -- "$1"'
+    bash.append(f"_raysweep_runs() {{ compgen -W {runs}; {files}; }}")
+    zsh.append("_raysweep_runs() { compadd -- $(ls runs 2>/dev/null); _files }")
+    (compared,) = (action for action in commands["compare"]._actions if action.dest == "names")
+    compared.complete = dict.fromkeys(SUPPORTED_SHELLS, "_raysweep_runs")
     preamble = {"bash": "\n".join(bash), "zsh": "\n".join(zsh)}
     return str(shtab.complete(parser, shell, preamble=preamble))
 

@@ -1,12 +1,13 @@
 """Progress of sweeps and training runs, and tables of trials, as text for people.
 
-On a terminal the progress is a live display; in a pipe it is plain lines.
+On a terminal and in a notebook the progress is a live display; in a pipe it is plain lines.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -22,16 +23,24 @@ from rich.table import Table
 from rich.text import Text
 
 from raysweep.formatting import format_clock, format_count
+from raysweep.notebook_display import NotebookDisplay, is_notebook
 from raysweep.plain_console import PlainConsole
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import SpreadSummary, describe_split, summarize_spread
+from raysweep.sweep.time_left import SweepTimer
 from raysweep.sweep.trial import RunKind, Trial
+from raysweep.training.epoch_progress import EpochProgress, read_epoch_progress
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
 _MAX_ROWS = 20
+# Lines of a live display besides the rows of its table: the header and the lines below.
+_OTHER_LINES = 9
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
+# Where all columns are too wide.
+_MAIN_METRIC_COLUMNS = ("clean", "robust_worst", "masking_gap")
 # Width of tables in a pipe, in characters; rich's default of 80 would break their lines.
 _PIPE_WIDTH = 1000
 # Narrowest columns, in characters: of a metric, 0.123, and of a state, which wraps.
@@ -56,10 +65,9 @@ class SweepDisplay:
             console: Where to print, usually stderr.
         """
         self._console = console
-        self._live: Live | None = None
+        self._live: Live | NotebookDisplay | None = None
         # Trials, base runs and repeats by their keys.
         self._runs: dict[str, Trial] = {}
-        self._n_ended_before = 0
         self._spread: SpreadSummary | None = None
         # Reason of a failure or restart -> the first trial that had it.
         self._trials_by_reason: dict[str, str] = {}
@@ -70,14 +78,15 @@ class SweepDisplay:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
-        """Print a line about the sweep; on a terminal, also start the live table."""
+        """Print a line about the sweep; on a terminal or in a notebook, also start the table."""
         self._ledger = ledger
         self._max_epochs = ledger.space.trial_config({}).epochs
         self._runs = {run.key: run for run in ledger.load_all_runs()}
+        self._timer = SweepTimer(
+            ledger.space, self._max_epochs, max(concurrency, 1), list(self._runs.values())
+        )
         trials = format_count(ledger.space.n_trials, "trial")
         epochs = format_count(self._max_epochs, "epoch")
-        ended = [trial for trial in self._list_runs("trial") if trial.state != "running"]
-        self._n_ended_before = len(ended)
         if not concurrency:
             self.announce(f"sweep {ledger.name}: all of {trials} have ended, in {ledger.path}")
             return
@@ -86,13 +95,16 @@ class SweepDisplay:
             f"{concurrency} at a time, in {ledger.path}"
         )
         self.announce("starting the processes of the trials ...")
-        if self._console.is_interactive:
+        if is_notebook():
+            self._live = NotebookDisplay(self._render_table)
+        elif self._console.is_interactive:
             self._live = Live(
                 console=self._console,
                 get_renderable=self._render_table,
                 refresh_per_second=2,
                 transient=True,
             )
+        if self._live is not None:
             self._live.start()
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
@@ -172,26 +184,62 @@ class SweepDisplay:
 
     def _render_table(self) -> "TrialTable":
         """Return a table of the running and the best ended trials, with an estimate of the end."""
-        trials, repeats = self._list_runs("trial"), self._list_runs("repeat")
+        trials = self._list_runs("trial")
+        base_runs, repeats = self._list_runs("base run"), self._list_runs("repeat")
         running = [trial for trial in trials if trial.state == "running"]
         ended = [trial for trial in trials if trial.state != "running"]
         ranked = sorted(ended, key=self._ledger.rank_trial)
-        best = ranked[: max(0, _MAX_ROWS - len(running))]
-        n_trials, n_ended = self._ledger.space.n_trials, len(ended)
-        elapsed = time.monotonic() - self._start_time
-        caption = f"{n_ended} of {n_trials} trials done in {format_clock(elapsed)}"
-        # Trials that ended before this process began say nothing about its speed.
-        if n_ended > self._n_ended_before:
-            remaining = elapsed / (n_ended - self._n_ended_before) * (n_trials - n_ended)
-            caption += f", about {format_clock(remaining)} left"
+        max_rows = _MAX_ROWS
+        if self._console.is_terminal:
+            max_rows = max(1, min(max_rows, self._console.height - _OTHER_LINES))
+        best = ranked[: max(1, max_rows - len(running) - len(base_runs) - len(repeats))]
+        rows = [*running, *best, *base_runs, *repeats]
+        progress = {
+            run.key: read_epoch_progress(self._ledger.run_path(run), run.epoch + 1)
+            for run in rows
+            if run.state == "running"
+        }
+        return TrialTable(
+            self._ledger,
+            rows,
+            "\n".join(self._describe_progress(trials, base_runs, repeats)),
+            spread=self._spread,
+            progress={key: found for key, found in progress.items() if found is not None},
+            is_live=True,
+        )
+
+    def _describe_progress(
+        self, trials: list[Trial], base_runs: list[Trial], repeats: list[Trial]
+    ) -> list[str]:
+        """Return the lines below the live table: what is done, the best so far, what is shared."""
+        space = self._ledger.space
+        n_ended = sum(trial.state != "running" for trial in trials)
+        elapsed = format_clock(time.monotonic() - self._start_time)
+        done = f"{n_ended} of {space.n_trials} trials done in {elapsed}"
         if repeats:
             n_ended = sum(run.state != "running" for run in repeats)
-            caption += f"; {n_ended} of {format_count(len(repeats), 'repeat')} of the best done"
-        caption += "; Ctrl-C stops"
+            done += f", {n_ended} of {format_count(len(repeats), 'repeat')}"
+        seconds = self._timer.estimate_seconds_left(trials, [*base_runs, *repeats])
+        if seconds is not None:
+            done += f", about {format_clock(seconds)} left"
+            if space.finalists:
+                done += " and AutoAttack"
+        lines = [f"{done}; Ctrl-C stops"]
+        objective = space.objectives[0]
+        scored = [trial for trial in trials if objective in trial.best and trial.state != "failed"]
+        if scored:
+            best = min(scored, key=self._ledger.rank_trial)
+            lines += [
+                f"best so far: {best.title}, {objective.replace('_', ' ')} "
+                f"{best.score(objective):.3f} in epoch {int(best.best['epoch'])}",
+                f"  {format_params(best, param_labels(list(space.space)))}",
+            ]
+        counts = count_epochs([*trials, *base_runs, *repeats])
+        if counts.completed:
+            lines.append(str(counts))
         if self._spread is not None and self._spread.split is not None:
-            caption += f"\n{describe_split(self._spread.split)}"
-        rows = [*running, *best, *self._list_runs("base run"), *repeats]
-        return TrialTable(self._ledger, rows, caption, spread=self._spread)
+            lines.append(describe_split(self._spread.split))
+        return lines
 
 
 @contextmanager
@@ -233,12 +281,14 @@ class TrialTable:
 
     Base runs and repeats have rows, too.
 
-    Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
-    If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
-    training. `mean (seeds)` is the mean objective of the trials that were repeated, and the number
-    of their seeds. `AA` is the accuracy under AutoAttack of the trials that it attacked at the end
-    of the sweep. `like best` marks the trials that cannot be told apart from the best one. Where
-    the table is too wide, the searched settings stand below it, wrapped.
+    Accuracies are those of the best epoch, `best@3 of 4`: the third of four that have ended. A
+    trial without a value of the objective has its last epoch, `4`. If trials have burn-ins,
+    `before weights act` is what the objective reached there: adversarial training. `mean (seeds)`
+    is the mean objective of the trials that were repeated, and the number of their seeds. `AA` is
+    the accuracy under AutoAttack of the trials that it attacked at the end of the sweep. `like
+    best` marks the trials that cannot be told apart from the best one. Where the table is too wide,
+    the searched settings stand below it, wrapped; a live table leaves them out. Where it is still
+    too wide, the accuracies under single attacks are left out.
     """
 
     def __init__(
@@ -248,6 +298,8 @@ class TrialTable:
         caption: str | None = None,
         is_interrupted: bool = False,
         spread: SpreadSummary | None = None,
+        progress: Mapping[str, EpochProgress] = MappingProxyType({}),
+        is_live: bool = False,
     ) -> None:
         """Prepare the table.
 
@@ -257,7 +309,11 @@ class TrialTable:
             caption: Line below the table.
             is_interrupted: Whether no process works on the trials that have not ended.
             spread: Which trials cannot be told apart; None for a table without this column.
+            progress: How far running trials are in their epochs, by `Trial.key`.
+            is_live: Whether the table is part of a live display, which must not be high.
         """
+        self._progress = progress
+        self._is_live = is_live
         self._is_interrupted = is_interrupted
         self._ledger = ledger
         self._trials = trials
@@ -271,27 +327,31 @@ class TrialTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the table out for the width of the console."""
-        table = self._build_table(list(self._labels))
-        if (
-            console.measure(table, options=options.update(width=_PIPE_WIDTH)).maximum
-            > options.max_width
-        ):
-            table = self._build_table([])
-            yield table
+        table = self._build_table(list(self._labels), _METRIC_COLUMNS)
+        is_narrow = not self._fits(table, console, options)
+        if is_narrow:
+            table = self._build_table([], _METRIC_COLUMNS)
+            if not self._fits(table, console, options):
+                table = self._build_table([], _MAIN_METRIC_COLUMNS)
+        yield table
+        if is_narrow and not self._is_live:
             yield ""
             yield self._build_settings_table()
-        else:
-            yield table
         if self.caption:
             yield Text(show_characters(self.caption, line_breaks=True), style="italic")
 
-    def _build_table(self, paths: list[str]) -> Table:
-        """Build the table with the columns of some searched settings."""
+    def _fits(self, table: Table, console: Console, options: ConsoleOptions) -> bool:
+        """Return whether the console is wide enough for a table."""
+        unlimited = options.update(width=_PIPE_WIDTH)
+        return console.measure(table, options=unlimited).maximum <= options.max_width
+
+    def _build_table(self, paths: list[str], metrics: Sequence[str]) -> Table:
+        """Build the table with the columns of some searched settings and metrics."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("trial", no_wrap=True)
         for path in paths:
             table.add_column(self._labels[path], justify="right")
-        metric_titles = ["epoch", *(name.replace("_", " ") for name in _METRIC_COLUMNS)]
+        metric_titles = ["epoch", *(name.replace("_", " ") for name in metrics)]
         if self._has_burn_in:
             metric_titles.append("before weights act")
         if self._has_repeats:
@@ -303,14 +363,14 @@ class TrialTable:
         for title in metric_titles:
             # A title may take several lines, a number never.
             width = max(_METRIC_WIDTH, *map(len, title.split()))
-            table.add_column(title, justify="right", min_width=width)
+            table.add_column(title, justify="right", min_width=width, no_wrap=title == "epoch")
         table.add_column("state", min_width=_STATE_WIDTH)
         for trial in self._trials:
             settings = [format_param(trial.params.get(path)) for path in paths]
             table.add_row(
                 self._ledger.describe_row(trial),
                 *settings,
-                *self._format_metrics(trial),
+                *self._format_metrics(trial, metrics),
                 self._state(trial),
             )
         return table
@@ -323,28 +383,23 @@ class TrialTable:
         for trial in self._trials:
             if trial.kind != "trial":
                 continue
-            settings = [
-                f"{label}={format_param(trial.params.get(path))}"
-                for path, label in self._labels.items()
-                if trial.params.get(path) is not None
-            ]
-            table.add_row(f"{trial.number:04d}", "  ".join(settings))
+            table.add_row(f"{trial.number:04d}", format_params(trial, self._labels))
         return table
 
-    def _format_metrics(self, trial: Trial) -> list[str]:
+    def _format_metrics(self, trial: Trial, names: Sequence[str]) -> list[str]:
         """Return the cells of the epoch and of the accuracies."""
-        metrics, epoch = trial.latest, trial.epoch
-        if trial.state != "running":
+        metrics, epoch = trial.latest, str(trial.epoch)
+        if "epoch" in trial.best:
             metrics = trial.best
-            epoch = int(metrics.get("epoch", trial.epoch))
-        cells = [str(epoch), *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS)]
+            epoch = f"best@{int(metrics['epoch'])} of {trial.epoch}"
+        cells = [epoch, *(format_metric(metrics.get(name)) for name in names)]
         if self._has_burn_in:
-            cells.append(_format_metric(trial.best_in_burn_in.get(self._objective)))
+            cells.append(format_metric(trial.best_in_burn_in.get(self._objective)))
         if self._has_repeats:
             mean, n_seeds = trial.score(self._objective), len(trial.trainings)
             cells.append(f"{mean:.3f} ({n_seeds})" if trial.repeats else "")
         if self._has_finalists:
-            cells.append(_format_metric(trial.robust_under_autoattack))
+            cells.append(format_metric(trial.robust_under_autoattack))
         if self._spread is not None:
             cells.append(self._spread.describe_mark(trial))
         return cells
@@ -356,6 +411,9 @@ class TrialTable:
         mark = f", {choice}" if choice and trial.state != "running" else ""
         state = trial.describe_state(self._is_interrupted)
         style = "yellow" if mark else _STATE_STYLES[state]
+        now = self._progress.get(trial.key)
+        if now is not None:
+            state = f"epoch {now.epoch}: {now.step / now.steps:.0%}"
         return Text(show_characters(f"{state}{mark}{reason}"), style=style)
 
 
@@ -404,6 +462,23 @@ def format_param(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _format_metric(value: float | None) -> str:
-    """Format a metric for a table; a missing one is empty."""
+def format_params(trial: Trial, labels: Mapping[str, str]) -> str:
+    """Format the searched settings of a trial.
+
+    Args:
+        trial: The trial.
+        labels: Short names of all searched settings, by path.
+
+    Returns:
+        Such as `alpha=0.5  lr=0.1`; settings that the trial does not have are left out.
+    """
+    return "  ".join(
+        f"{label}={format_param(trial.params.get(path))}"
+        for path, label in labels.items()
+        if trial.params.get(path) is not None
+    )
+
+
+def format_metric(value: float | None) -> str:
+    """Format a metric for a table, with three digits; a missing one is empty."""
     return "" if value is None else f"{value:.3f}"

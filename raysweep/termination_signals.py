@@ -3,9 +3,15 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+
+def is_main_thread() -> bool:
+    """Return whether this is the main thread, the only one that may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def list_termination_signals() -> list[signal.Signals]:
@@ -22,11 +28,15 @@ def handle_termination_signals(
     """Context manager that calls a function for each signal of `list_termination_signals`.
 
     At SIGHUP the terminal is gone, and what this process would print is dropped: an error about
-    that must not keep it from saving its work. Only the main thread may enter this context.
+    that must not keep it from saving its work. In other threads than the main one, which may set no
+    handlers, it changes nothing.
 
     Args:
         handler: The function, with the arguments of a signal handler.
     """
+    if not is_main_thread():
+        yield
+        return
     terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
 
     def handle_signal(number: int, frame: FrameType | None) -> None:

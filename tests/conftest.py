@@ -91,6 +91,7 @@ CLUSTERS = (
         "test_doctor.py",
         "test_eval.py",
         "test_notebook.py",
+        "test_python_api.py",
     }
     | {"test_pipelines.py", "test_security.py"},
 )

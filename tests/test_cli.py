@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from raysweep import __version__
 from raysweep.cli import build_parser, main
 from raysweep.leases import hold_folder_lease
 from raysweep.spec import apply_overrides, flatten_spec
@@ -43,6 +44,7 @@ FLAGS = {
         *COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address",
         "--code",
     },
+    "compare": {"--json", "--out", "--storage"},
     "sync": {"--json", "--verbose", "--out", "--storage"},
     "doctor": {*COMMON, "--verbose", "--out", "--storage", "--address"},
     "eval": {
@@ -664,7 +666,6 @@ def test_a_refused_resume_changes_nothing(
             "argument runs: 'more' is not `runs`, the only list of its own; `raysweep list` has",
         ),
         (["tun", "lrat"], "invalid choice: 'tun'"),
-        ([], "required: COMMAND; see `raysweep --help`"),
     ],
 )
 def test_argparse_refuses_with_one_line_and_exit_code_2(arguments, line, capsys) -> None:
@@ -673,6 +674,18 @@ def test_argparse_refuses_with_one_line_and_exit_code_2(arguments, line, capsys)
     assert stop.value.code == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("raysweep: error: ") and line in message
+
+
+def test_without_a_command_the_help_is_printed(capsys) -> None:
+    assert main([]) == 2, "as after click's commands: nothing was done"
+    out, err = capsys.readouterr()
+    assert out == "" and err == build_parser().format_help()
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "raysweep", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"raysweep {__version__}\n"
 
 
 def test_a_folder_that_digits_do_not_read_is_told(workdir: Path, capsys) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from raysweep import disk_space
-from raysweep.cli import _find_expected_error
+from raysweep.commands.session import find_expected_error
 from raysweep.disk_space import describe_missing_space, find_free_bytes, is_disk_full_error
 from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
@@ -41,7 +41,7 @@ def test_a_full_disk_in_any_library_is_one_of_the_surroundings(
     config = SimpleNamespace(batch_size=2)
     report = failure_report(error, config, open_path(tmp_path))  # type: ignore[arg-type]
     assert INFRASTRUCTURE_KEY in report and not [*tmp_path.iterdir()]
-    assert isinstance(_find_expected_error(error, "tune"), InfrastructureError)
+    assert isinstance(find_expected_error(error, "tune"), InfrastructureError)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), ValueError("3"), KeyError("disk")])

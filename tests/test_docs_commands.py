@@ -42,7 +42,8 @@ LEFT_OUT = {
     r"^python3 -m venv|^pip install": "how the environment of these tests was made",
     r"^mlflow ui": "a server that never ends",
     r"^raysweep (tune|run) (?!.*(--plan|mine))": "run_docs_commands.py runs the sweeps",
-    r"^raysweep show g1|^raysweep eval (?!runs/first|s1|own)": "run_docs_commands.py has these",
+    r"^raysweep (show|compare) g1": "run_docs_commands.py has these",
+    r"^raysweep eval (?!runs/first|s1|own)": "run_docs_commands.py has these",
 }
 EXECUTED_ELSEWHERE = {
     "docs/paper-figures.md": "test_pipelines.py, with a smaller pipeline; this one takes hours",

@@ -418,7 +418,9 @@ def test_a_node_of_ray_that_starts_too_slowly_is_a_fault_of_the_environment(
 def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
     """Elsewhere only processes end: a worker of a pool with its parent, a trial after SIGTERM."""
     allowed = {
+        "__main__.py",
         "cli.py",
+        "commands/session.py",
         "errors.py",
         "logs/running_command.py",
         "evaluation/process_pool.py",

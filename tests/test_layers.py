@@ -51,6 +51,7 @@ LAYERS = [
     ("sweep",),
     (
         "tracking",
+        "notebook_display",
         "terminal",
         "text_figure",
         "plots",
@@ -58,13 +59,15 @@ LAYERS = [
         "instance_plots",
         "result_loading",
         "run_lookup",
+        "run_comparison",
         "checkpoint_evaluation",
         "robustness_bundle",
     ),
     ("pipeline",),
     ("unrecorded_work",),
     ("commands", "shell_completion"),
-    ("cli",),
+    ("cli", "python_api"),
+    ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

@@ -56,7 +56,9 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def running_command(*arguments: str, verbose: bool = False) -> Iterator[None]:
-    with logs.command_log(arguments or ("tune", "x"), verbose) as command:
+    arguments = arguments or ("tune", "x")
+    line = logs.format_command_line(arguments)
+    with logs.command_log(arguments[0], line, verbose) as command:
         yield
         command.exit_code = 0
 
@@ -185,7 +187,7 @@ def test_the_terminal_shows_the_levels_that_were_asked_for(
     capsys,
 ) -> None:
     monkeypatch.setenv(logs.LEVEL_VARIABLE, variable)
-    with logs.command_log(["tune"], verbose), logs.log_to_folder(tmp_path):
+    with logs.command_log("tune", "raysweep tune", verbose), logs.log_to_folder(tmp_path):
         capsys.readouterr()
         for level in ("debug", "info", "warning", "error"):
             getattr(LOGGER, level)("at %s", level)

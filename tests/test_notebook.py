@@ -1,27 +1,96 @@
-"""The example notebook, executed as a user would."""
+"""The example notebook, executed as a user would; and a sweep that is interrupted in a notebook."""
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from test_python_api import SETTINGS
+
+from raysweep.sweep.ledger import Ledger
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 
 
+@pytest.fixture
+def environment(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose kernels join the cluster of the tests: none starts one for each sweep."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    yield workdir
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_notebook_runs(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sweep runs on the cluster of the tests, which raysweep finds in the environment."""
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+@pytest.mark.mlflow
+def test_the_notebook_runs(environment: Path, empty_store) -> None:
+    empty_store(environment / "mlflow.db")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(workdir)}}).execute()
+    resources = {"metadata": {"path": str(environment)}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [
         output for output in outputs if output.get("name") == "stderr" and "Error" in output["text"]
     ]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "robust" in text and any("image/png" in output.get("data", {}) for output in outputs)
+    assert "robust" in text and "by robust_worst on the same" in text
+    shown = [output["data"] for output in outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == 2, "epochs, and the comparison"
+    # The live tables of both sweeps, as they were at last.
+    tables = [data["text/plain"] for data in shown if "Ctrl-C stops" in data.get("text/plain", "")]
+    assert [table.split(" trials done")[0].split("\n")[-1] for table in tables][:2] == [
+        "2 of 2", "1 of 1"
+    ]  # fmt: skip
+    assert all("best@" in table for table in tables)
+    htmls = [data.get("text/html", "") for data in shown]
+    assert sum("Ctrl-C stops" in html and "<pre" in html for html in htmls) == len(tables)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.mlflow
+def test_a_sweep_in_a_notebook_can_be_interrupted(environment: Path, empty_store) -> None:
+    """The button of a notebook sends SIGINT to its kernel, in whose main thread cells run."""
+    empty_store(environment / "mlflow.db")
+    kernel = KernelManager()
+    kernel.start_kernel(cwd=str(environment))
+    client = kernel.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=120)
+        settings = {**SETTINGS, "epochs": 200}
+        code = f"import raysweep\nraysweep.tune('at', trials=2, name='g1', settings={settings})"
+        messages: list[dict[str, Any]] = []
+
+        def interrupt_after_an_epoch() -> None:
+            while not is_over.is_set() and not list(environment.glob("runs/g1/trials/*/epoch-*")):
+                time.sleep(0.05)
+            kernel.interrupt_kernel()
+
+        is_over = threading.Event()
+        thread = threading.Thread(target=interrupt_after_an_epoch)
+        thread.start()
+        reply = client.execute_interactive(code, timeout=600, output_hook=messages.append)
+        is_over.set()
+        thread.join()
+        content = reply["content"]
+        assert content["status"] == "error" and content["ename"] == "WorkInterrupted", content
+        assert "resume with raysweep.tune(resume='g1'" in content["evalue"]
+        kinds = [message["msg_type"] for message in messages]
+        assert "update_display_data" in kinds, "the table is updated in its place"
+        ledger = Ledger.open(environment / "runs" / "g1")
+        trials = ledger.load_trials()
+        assert trials and any(trial.state == "running" and trial.epoch for trial in trials)
+        # The kernel lives, and reads what is there.
+        code = "assert raysweep.load_sweep('g1').state == 'interrupted'"
+        assert client.execute_interactive(code, timeout=600)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)

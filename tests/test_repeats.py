@@ -460,7 +460,7 @@ class TestShown:
         try:
             display.on_repeat_update(running, None)
             before = display._render_table()
-            assert before.caption and "1 of 2 repeats of the best done" in before.caption
+            assert before.caption and "trials done in 0:00, 1 of 2 repeats" in before.caption
             assert "mean" not in render(before)[0]
             ledger.save_trial(ended)
             display.on_repeat_update(ended, None)

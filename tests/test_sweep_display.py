@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
+from raysweep.sweep.time_left import SweepTimer
 from raysweep.sweep.trial import Trial
 from raysweep.terminal import SweepDisplay, TrialTable
+from raysweep.training.epoch_progress import EpochProgressWriter
 
 LR = "optim.lr"
 SPACE = {"method": "at", "trials": 4, "space": {LR: {"float": [0.01, 0.5]}}, "base": {"epochs": 3}}
@@ -51,21 +54,130 @@ def test_the_display_says_what_it_waits_for(tmp_path: Path) -> None:
     assert lines[2:] == ["starting the processes of the trials ..."]
 
 
-def test_the_time_left_counts_trials_of_this_process_only(
+def test_the_time_left_counts_epochs_of_this_process_and_early_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("raysweep.terminal.time.monotonic", lambda: now[0])
-    ended = [Trial(number, {LR: 0.1}, state="finished", epoch=3) for number in (0, 1)]
+    ended = [Trial(n, {LR: 0.1}, state="finished", epoch=3, seconds=900.0) for n in (0, 1)]
     display, _ = make_display()
-    display.on_sweep_start(make_ledger(tmp_path, *ended), 2)
+    display.on_sweep_start(make_ledger(tmp_path, *ended), 1)
     now[0] = 160.0
     assert "left" not in str(display._render_table().caption)
-    display.on_trial_update(replace(ended[0], number=2), None)
-    # One trial took a minute, one is left.
-    assert display._render_table().caption == (
-        "3 of 4 trials done in 1:00, about 1:00 left; Ctrl-C stops"
-    )
+    display.on_trial_update(replace(ended[0], number=2, seconds=60.0), None)
+    # Three epochs took a minute. Half of the trials pass the rung at epoch 2: 2 + 1/2 are left.
+    caption = str(display._render_table().caption).splitlines()
+    assert caption[0] == "3 of 4 trials done in 1:00, about 0:50 left; Ctrl-C stops"
+    assert caption[1] == "epochs: 9 completed, 0 trained, 9 reused from other trials"
+
+
+def test_the_time_left_by_hand() -> None:
+    """Rungs at 2 and 4 of 8 epochs, half of the trials pass each: 2 + 2/2 + 4/4 = 4 epochs."""
+    data = {
+        "method": "at",
+        "trials": 6,
+        "base_runs": 1,
+        "base": {"epochs": 8},
+        "scheduler": {"kind": "asha", "grace_period": 2, "reduction_factor": 2},
+        "space": {LR: {"float": [0.01, 0.5]}},
+    }
+    space = SearchSpace.from_data(data)
+    before = Trial(0, {LR: 0.1}, epoch=4, seconds=1000.0)
+    timer = SweepTimer(space, 8, 2, [before])
+    assert timer.estimate_seconds_left([before], []) is None
+    resumed = replace(before, state="finished", epoch=8, seconds=1008.0)
+    running = Trial(1, {LR: 0.1}, epoch=4, seconds=8.0)
+    # 8 epochs in 16 s. Left: 4/1 of the running one at its last rung, 4 trials of 4 epochs, and the
+    # base run of 8; two at a time.
+    left = timer.estimate_seconds_left([resumed, running], [])
+    assert left == pytest.approx(2 * (4 + 4 * 4 + 8) / 2)
+    base = Trial(0, {"seed": 0}, epoch=8, state="finished", kind="base run", seconds=16.0)
+    left = timer.estimate_seconds_left([resumed, replace(running, state="stopped")], [base])
+    assert left == pytest.approx(2 * 4 * 4 / 2)
+    # Eight have ended, after 5 epochs on average; one trial is left, and runs alone.
+    wide = space.replace(trials=9)
+    ended = [Trial(n, {LR: 0.1}, state="stopped", epoch=5, seconds=10.0) for n in range(8)]
+    timer = SweepTimer(wide, 8, 2, [])
+    assert timer.estimate_seconds_left(ended, [base]) == pytest.approx(2 * 5)
+    assert timer.estimate_seconds_left([*ended, replace(ended[0], number=8)], [base]) == 0.0
+
+
+def test_progress_within_an_epoch_is_written_and_shown(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path)
+    trial = Trial(0, {LR: 0.1}, epoch=1)
+    now = [0.0]
+    writer = EpochProgressWriter(ledger.run_path(trial), 40, clock=lambda: now[0])
+    file = tmp_path / "sweep" / "trials" / "0000" / "progress.json"
+
+    def state() -> str:
+        display, _ = make_display()
+        display.on_sweep_start(ledger, 1)
+        display.on_trial_update(trial, None)
+        text = io.StringIO()
+        Console(file=text, width=200).print(display._render_table())
+        return text.getvalue().splitlines()[1].split("  ")[-1].strip()
+
+    writer.record_step(2, 1)
+    now[0] = 1.9
+    writer.record_step(2, 5)
+    assert not file.exists() and state() == "running", "short epochs write nothing"
+    now[0] = 2.5
+    writer.record_step(2, 10)
+    assert state() == "epoch 2: 25%"
+    now[0] = 3.0
+    writer.record_step(2, 20)
+    assert state() == "epoch 2: 25%", "two seconds between two writes"
+    now[0] = 5.0
+    writer.record_step(2, 30)
+    assert state() == "epoch 2: 75%"
+    writer.delete()
+    assert not file.exists() and state() == "running"
+    now[0] = 9.0
+    writer.record_step(3, 1)
+    assert not file.exists(), "the next epoch has its own two seconds"
+    for content in (
+        '{"epoch": 1, "step": 3, "steps": 40}',
+        '{"epoch": 2, "step": 0, "steps": 0}',
+    ):
+        file.write_text(content)
+        assert state() == "running"
+
+
+def test_progress_that_cannot_be_written_ends_no_training(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    now = [0.0]
+    writer = EpochProgressWriter(open_path(tmp_path / "run"), 40, clock=lambda: now[0])
+    for now[0] in (0.0, 3.0, 6.0):
+        writer.record_step(1, 1)
+    writer.delete()
+
+
+def test_the_live_display_is_no_wall_of_numbers_at_80_columns(tmp_path: Path) -> None:
+    space = load_space("lrat", {})
+    ledger = Ledger.create(tmp_path / "lrat", space)
+    values = dict.fromkeys(space.space, 0.123456)
+    metrics = {"epoch": 7.0, "clean": 0.8, "pgd": 0.5, "cw": 0.5, "masking_gap": 0.1}
+    text = io.StringIO()
+    display = SweepDisplay(Console(file=text, force_terminal=True, width=80, height=24))
+    display.on_sweep_start(ledger, 2)
+    for number in range(30):
+        best = {**metrics, "robust_worst": number / 100}
+        trial = Trial(number, values, state="finished", epoch=60, best=best, seconds=9.0)
+        display.on_trial_update(replace(trial, best_in_burn_in=best), None)
+    base = Trial(0, {"seed": 0}, state="finished", epoch=60, best=best, kind="base run")
+    display.on_base_run_update(base, None)
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(display._render_table())
+    display.on_sweep_end(ledger)
+    lines = shown.getvalue().splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert "…" not in shown.getvalue()
+    rows = [line for line in lines if "finished" in line]
+    assert rows[0].split()[:7] == ["0029", "best@7", "of", "60", "0.800", "0.290", "0.100"]
+    assert rows[-1].startswith("at (base) seed 0  best@7 of 60")
+    assert "best so far: trial 0029, robust worst 0.290 in epoch 7" in lines
+    (settings,) = (line for line in lines if "alpha=" in line)
+    assert all(f"{label}=0.123" in settings for label in param_labels(list(space.space)).values())
 
 
 class Recorder:
@@ -131,7 +243,7 @@ def test_metrics_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     lines = narrow.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 < max(map(len, wide.getvalue().splitlines()))
     (row,) = (line.split() for line in lines if "finished" in line)
-    assert row[:7] == ["0003", "7", "0.812", "0.543", "0.521", "0.498", "0.045"]
+    assert row[:7] == ["0003", "best@7", "of", "9", "0.812", "0.498", "0.045"]
     # Every setting is there, as often as there are trials, and nothing is cut.
     text = narrow.getvalue()
     assert "…" not in text

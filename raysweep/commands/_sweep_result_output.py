@@ -97,6 +97,7 @@ def report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndR
     from raysweep.commands.common import format_location_flags
     from raysweep.errors import WorkFailed, WorkInterrupted
     from raysweep.formatting import format_count
+    from raysweep.sweep.conclusions import describe_complete_failure
 
     trials = ledger.load_trials()
     if end_reason != "done":
@@ -116,12 +117,8 @@ def report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndR
         if end_reason == "interrupted":
             raise WorkInterrupted(progress)
         print(f"raysweep: {progress}", file=sys.stderr)
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if failed and ledger.find_best_trial() is None:
-        count = "every trial" if len(failed) == len(trials) else "no trial has a result:"
-        if len(failed) < len(trials):
-            count += f" {len(failed)} of {len(trials)}"
-        raise WorkFailed(f"{count} failed; the first: {failed[0].reason}")
+    if failure := describe_complete_failure(ledger):
+        raise WorkFailed(failure)
 
 
 def _format_resume_flags(request: TuneRequest) -> str:

@@ -24,7 +24,7 @@ from raysweep.yaml_files import check_key, parse_yaml
 logger = logging.getLogger(__name__)
 
 # Folders in `runs` that hold neither a sweep nor a training run.
-_RESERVED_NAMES = ("pipelines", "eval", "from-mlflow")
+_RESERVED_NAMES = ("pipelines", "eval", "from-mlflow", "comparisons")
 
 
 def parse_overrides(

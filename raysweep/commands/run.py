@@ -51,7 +51,7 @@ _PLAN_INDENT = 30
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the user asked `raysweep run` to do.
+    """What the user asked `raysweep run` or the function `raysweep.run` to do.
 
     Attributes:
         pipeline: Name or YAML file of the pipeline.
@@ -77,15 +77,19 @@ class RunRequest:
     storage: str | None
     as_json: bool
 
+    def __post_init__(self) -> None:
+        """Raise SpecError if parts of the request contradict each other."""
+        from raysweep.spec import SpecError
+
+        if self.plan_only and self.wait:
+            raise SpecError("--wait: --plan runs nothing and waits for nothing")
+
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> RunRequest:
         """Convert parsed arguments. Raises SpecError if they contradict each other."""
         from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
-        from raysweep.spec import SpecError
 
-        if args.plan and args.wait:
-            raise SpecError("--wait: --plan runs nothing and waits for nothing")
         code = None if args.code is None else open_code_file(args.code)
         return cls(
             pipeline=args.what,
@@ -130,9 +134,43 @@ def add_parser(parsers: CommandParsers) -> None:
     add_verbose_option(parser)
 
 
+@dataclass(frozen=True)
+class EndedPipeline:
+    """A pipeline whose stages are all done.
+
+    Attributes:
+        name: Its name.
+        out: Folder of `runs` and `mlflow.db`.
+        finished: Its stages in their order, with their artifacts, and whether an earlier run had
+            made them.
+        regressions: Lines of the reports about results that are worse than earlier ones.
+    """
+
+    name: str
+    out: Path
+    finished: list[FinishedStage]
+    regressions: list[str]
+
+
 def run_command(args: argparse.Namespace) -> None:
-    """Run `raysweep run`."""
+    """Run `raysweep run`. Raises RegressionFound if a report found a regression."""
+    from raysweep.errors import RegressionFound
+
     request = RunRequest.from_args(args)
+    if request.plan_only:
+        _plan_stages(request, *_load_checked_pipeline(request))
+        return
+    ended = run_pipeline_request(request)
+    if request.as_json:
+        _print_stages_as_json(ended)
+    else:
+        _print_reports(ended)
+    if ended.regressions:
+        raise RegressionFound(ended.regressions)
+
+
+def _load_checked_pipeline(request: RunRequest) -> tuple[str, Pipeline, TrainingOverrides]:
+    """Load and check a pipeline: its name, its stages, and the settings of all its trainings."""
     from raysweep.pipeline.builtin_pipelines import find_pipeline_file
 
     # A wrong name is reported before anything imports what the stages need.
@@ -143,11 +181,9 @@ def run_command(args: argparse.Namespace) -> None:
     name, pipeline, training_overrides = load_pipeline(request.pipeline, request.overrides)
     check_code(request.code, pipeline.list_networks(training_overrides))
     check_rankings(pipeline, training_overrides)
-    if request.plan_only:
-        _plan_stages(request, name, pipeline, training_overrides)
-    else:
+    if not request.plan_only:
         _print_config_warnings(pipeline, training_overrides)
-        _run_stages(request, name, pipeline, training_overrides)
+    return name, pipeline, training_overrides
 
 
 def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverrides) -> None:
@@ -227,21 +263,22 @@ def _format_training_time(times: list[float | None]) -> str:
     return f"about {format_duration(sum(seconds))} of training; attacks take extra time"
 
 
-def _run_stages(
-    request: RunRequest, name: str, pipeline: Pipeline, training_overrides: TrainingOverrides
-) -> None:
-    """Run all stages and print their reports.
+def run_pipeline_request(request: RunRequest) -> EndedPipeline:
+    """Run all stages, and print their progress but not their results.
+
+    Args:
+        request: What the user asked for, other than a plan.
 
     Raises:
         StageFailed: A stage failed.
-        RegressionFound: All stages are done, and a report found a regression.
+        RaysweepError: A setting is wrong, and nothing was started; or the run was interrupted.
     """
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
-    from raysweep.errors import RegressionFound
     from raysweep.pipeline.pipeline import run_pipeline
     from raysweep.pipeline.stage import StageFailed
     from raysweep.terminal import create_progress_console
 
+    name, pipeline, training_overrides = _load_checked_pipeline(request)
     out = make_writable_folder(request.out)
     runs_folder = resolve_runs_folder(request.out, request.storage)
     console = create_progress_console()
@@ -263,13 +300,7 @@ def _run_stages(
     except StageFailed as error:
         kind = pipeline.stages[len(finished)].kind
         raise error.with_prefix(f"{kind} failed: ") from error
-    regressions = _list_regressions(finished)
-    if request.as_json:
-        _print_stages_as_json(name, finished, regressions)
-    else:
-        _print_reports(out, finished)
-    if regressions:
-        raise RegressionFound(regressions)
+    return EndedPipeline(name, out, finished, _list_regressions(finished))
 
 
 def _print_finished_stage(console: Console, finished_stage: FinishedStage) -> None:
@@ -295,14 +326,12 @@ def _list_regressions(finished: list[FinishedStage]) -> list[str]:
     return regressions
 
 
-def _print_stages_as_json(
-    pipeline_name: str, finished: list[FinishedStage], regressions: list[str]
-) -> None:
+def _print_stages_as_json(ended: EndedPipeline) -> None:
     """Print each stage's folder and time, the reports, and the regressions."""
     from raysweep.pipeline.report.stage import HTML_FILE
 
     stages, reports = [], []
-    for stage, artifact, done_before in finished:
+    for stage, artifact, done_before in ended.finished:
         stages.append(
             {
                 "kind": stage.kind,
@@ -314,22 +343,22 @@ def _print_stages_as_json(
         if stage.kind == "report":
             reports.append(str(stage.folder / HTML_FILE))
     summary = {
-        "pipeline": pipeline_name,
+        "pipeline": ended.name,
         "stages": stages,
         "reports": reports,
-        "regressions": regressions,
+        "regressions": ended.regressions,
     }
     print(json.dumps(summary, indent=1))
 
 
-def _print_reports(out: Path, finished: list[FinishedStage]) -> None:
+def _print_reports(ended: EndedPipeline) -> None:
     """Print the result of each report, where its files are, and how to open MLflow."""
     from raysweep.commands.common import format_ui_command
     from raysweep.pipeline.facts import ReportFacts
     from raysweep.pipeline.report.stage import HTML_FILE, MARKDOWN_FILE
     from raysweep.tracking import tracking_uri
 
-    for stage, artifact, _ in finished:
+    for stage, artifact, _ in ended.finished:
         if stage.kind == "report":
             best = artifact.read_facts(ReportFacts).best
             print(
@@ -337,4 +366,4 @@ def _print_reports(out: Path, finished: list[FinishedStage]) -> None:
                 f"{best.clean:.2%} clean"
             )
             print(f"report\n  {stage.folder / HTML_FILE}\n  {stage.folder / MARKDOWN_FILE}")
-    print(f"compare with\n  {format_ui_command(tracking_uri(out))}")
+    print(f"compare with\n  {format_ui_command(tracking_uri(ended.out))}")

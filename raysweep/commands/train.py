@@ -48,7 +48,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asked `raysweep train` to do.
+    """What the user asked `raysweep train` or the function `raysweep.train` to do.
 
     Attributes:
         method: Name of a method or preset, or a YAML file of settings.
@@ -115,12 +115,57 @@ def add_parser(parsers: CommandParsers) -> None:
     add_verbose_option(parser)
 
 
+@dataclass(frozen=True)
+class EndedTraining:
+    """A training run that has ended.
+
+    Attributes:
+        config: Its config.
+        run_folder: Its folder.
+        tracker: Where its records are.
+        result: Its checkpoints.
+        advice: Notes on conspicuous metrics.
+    """
+
+    config: TrainingConfig
+    run_folder: StorePath
+    tracker: Tracker
+    result: TrainingResult
+    advice: list[str]
+
+
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep train`."""
     request = TrainRequest.from_args(args)
+    if request.plan_only:
+        _plan_training(request)
+    else:
+        _print_training_result(request, run_train_request(request))
+
+
+def _plan_training(request: TrainRequest) -> None:
+    """Check everything that the training needs, and print what would be trained."""
+    from raysweep.commands.common import check_code
+    from raysweep.data import load_data
+
+    config, name = _choose_config(request)
+    dataset = load_data(config.data)
+    check_code(request.code, [config.model])
+    _print_plan(request, config, dataset, name)
+
+
+def run_train_request(request: TrainRequest) -> EndedTraining:
+    """Train a model or resume its training, and print its progress but not its result.
+
+    Args:
+        request: What the user asked for, other than a plan.
+
+    Raises:
+        RaysweepError: A setting is wrong, and nothing was started; or the training failed, or was
+            interrupted.
+    """
     from raysweep.commands.common import (
         check_code,
-        check_plain_name,
         make_writable_folder,
         open_tracker,
         print_warnings,
@@ -134,8 +179,6 @@ def run_command(args: argparse.Namespace) -> None:
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.unrecorded_folders import UNRECORDED_FILE, clear_unrecorded
 
-    if request.name:
-        check_plain_name(request.name, "--name")
     config, name = _choose_config(request)
     # A wrong setting is reported before anything imports PyTorch.
     from raysweep.leases import hold_folder_lease
@@ -143,10 +186,6 @@ def run_command(args: argparse.Namespace) -> None:
     from raysweep.training.training_summary import list_data_warnings
 
     dataset = load_data(config.data)
-    if request.plan_only:
-        check_code(request.code, [config.model])
-        _print_plan(request, config, dataset, name)
-        return
     out = make_writable_folder(request.out)
     run_folder = resolve_runs_folder(request.out, request.storage) / name
     with hold_folder_lease(run_folder) as run_folder:
@@ -163,7 +202,7 @@ def run_command(args: argparse.Namespace) -> None:
         is_new = not _list_run_files(run_folder)
         with log_to_folder(run_folder):
             try:
-                _train_tracked(request, config, dataset, tracker, run_folder)
+                return _train_tracked(config, dataset, tracker, run_folder)
             except StoreUnavailable:
                 raise
             except (SpecError, InfrastructureError):
@@ -182,9 +221,12 @@ def _list_run_files(run_folder: StorePath) -> set[str]:
 
 def _choose_config(request: TrainRequest) -> tuple[TrainingConfig, str]:
     """Return the config and the name of the run; a run of an earlier version keeps its defaults."""
-    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.presets import resolve_training_config
+
+    if request.name:
+        check_plain_name(request.name, "--name")
 
     def choose_name(config: TrainingConfig) -> str:
         return request.name or f"{config.method.name}-{config.digest()[:8]}"
@@ -277,13 +319,9 @@ def _print_plan(
 
 
 def _train_tracked(
-    request: TrainRequest,
-    config: TrainingConfig,
-    dataset: DatasetSplits,
-    tracker: Tracker,
-    run_folder: StorePath,
-) -> None:
-    """Train, print the result, and close the MLflow run however training ends."""
+    config: TrainingConfig, dataset: DatasetSplits, tracker: Tracker, run_folder: StorePath
+) -> EndedTraining:
+    """Train, and close the MLflow run however training ends."""
     from raysweep.bucket_lease import LeaseLost
     from raysweep.errors import (
         RaysweepError,
@@ -331,7 +369,7 @@ def _train_tracked(
         raise _make_training_error(report, run_folder) from error
     finally:
         run.finish()
-    _print_training_result(request, config, tracker, result, advice)
+    return EndedTraining(config, run_folder, tracker, result, advice)
 
 
 def _save_reason(run_folder: StorePath, reason: str) -> None:
@@ -415,17 +453,11 @@ def _print_training_size(
     )
 
 
-def _print_training_result(
-    request: TrainRequest,
-    config: TrainingConfig,
-    tracker: Tracker,
-    result: TrainingResult,
-    advice: list[str],
-) -> None:
+def _print_training_result(request: TrainRequest, ended: EndedTraining) -> None:
     """Print the best epoch with its checkpoint, the notes, and how to see the run in MLflow."""
     from raysweep.commands.common import format_ui_command
 
-    best = result.best_checkpoint
+    best = ended.result.best_checkpoint
     metrics = {name: value for name, value in best.last_metrics.items() if "/" not in name}
     checkpoint = str(best.path)
     if request.as_json:
@@ -433,13 +465,13 @@ def _print_training_result(
             "checkpoint": checkpoint,
             "epoch": best.epoch,
             "metrics": metrics,
-            "advice": advice,
+            "advice": ended.advice,
         }
         print(json.dumps(summary, indent=1))
         return
-    objective = config.validation.objective
+    objective = ended.config.validation.objective
     print(f"best epoch {best.epoch} by {objective}: {metrics[objective]:.3f}\n  {checkpoint}")
-    for line in advice:
+    for line in ended.advice:
         print(f"note: {line}")
-    if tracker.uri:
-        print(f"compare with\n  {format_ui_command(tracker.uri)}")
+    if ended.tracker.uri:
+        print(f"compare with\n  {format_ui_command(ended.tracker.uri)}")

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from raysweep.sweep.ledger import Ledger
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.search_space import SearchSpace
-    from raysweep.sweep.tune_callbacks import Budget, SweepListener
+    from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepListener
     from raysweep.sweep.warm_start import WarmStart
+    from raysweep.tracking import Tracker
 
 SUMMARY = "run a sweep: Ray Tune runs trials, Optuna proposes settings, MLflow records them"
 DESCRIPTION = (
@@ -53,7 +55,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What the user asked `raysweep tune` to do.
+    """What the user asked `raysweep tune` or the function `raysweep.tune` to do.
 
     Attributes:
         method: Name of the method; None if the space or the resumed sweep names it.
@@ -99,21 +101,24 @@ class TuneRequest:
     retry_failed: bool = False
     warm_start: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise SpecError if a part of the request has no effect."""
+        from raysweep.spec import SpecError
+
+        if self.retry_failed and not self.resume:
+            raise SpecError("--retry-failed: names no sweep; add --resume NAME")
+        if self.warm_start and self.resume:
+            raise SpecError(
+                "--warm-start: only a new sweep can begin with earlier results; leave it out, or "
+                "start a new sweep"
+            )
+
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TuneRequest:
         """Convert parsed arguments. Raises SpecError if one is malformed or has no effect."""
         from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
-        from raysweep.spec import SpecError
         from raysweep.sweep.search_space import resolve_space_path
-
-        if args.retry_failed and not args.resume:
-            raise SpecError("--retry-failed: names no sweep; add --resume NAME")
-        if args.warm_start and args.resume:
-            raise SpecError(
-                "--warm-start: only a new sweep can begin with earlier results; leave it out, or "
-                "start a new sweep"
-            )
 
         code = None if args.code is None else open_code_file(args.code)
         return cls(
@@ -252,9 +257,74 @@ def _add_resource_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True)
+class _PreparedSweep:
+    """A sweep whose settings and data have been checked.
+
+    Attributes:
+        runs_folder: Folder of all sweeps.
+        space: Its search space.
+        dataset: Its data.
+        resources: What a trial holds.
+        resumed_ledger: The sweep to resume, as it is; or None.
+        is_finished: Whether it has nothing left to run.
+        warm_start: Results of earlier sweeps with which it begins; or None.
+    """
+
+    runs_folder: StorePath
+    space: SearchSpace
+    dataset: DatasetSplits
+    resources: Resources
+    resumed_ledger: Ledger | None
+    is_finished: bool
+    warm_start: WarmStart | None
+
+
+@dataclass(frozen=True)
+class EndedSweep:
+    """A sweep after a call of `run_sweep`.
+
+    Attributes:
+        ledger: The sweep.
+        tracker: Where its records are.
+        end_reason: Why the call ended.
+    """
+
+    ledger: Ledger
+    tracker: Tracker
+    end_reason: SweepEndReason
+
+
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep tune`."""
+    from raysweep.commands._sweep_result_output import print_sweep_result, report_sweep_end
+
     request = TuneRequest.from_args(args)
+    if request.plan_only:
+        with _prepare_sweep(request) as prepared:
+            _print_plan(request, prepared)
+        return
+    ended = run_tune_request(request)
+    print_sweep_result(request, ended.ledger, ended.tracker)
+    report_sweep_end(request, ended.ledger, ended.end_reason)
+
+
+def run_tune_request(request: TuneRequest) -> EndedSweep:
+    """Run or resume a sweep, and print its progress but not its result.
+
+    Args:
+        request: What the user asked for, other than a plan.
+
+    Raises:
+        RaysweepError: See `run_sweep`; or a setting is wrong, and nothing was started.
+    """
+    with _prepare_sweep(request) as prepared:
+        return _run_prepared_sweep(request, prepared)
+
+
+@contextmanager
+def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
+    """Check everything that the sweep needs, before it starts; workers start meanwhile."""
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.sweep.ledger import Ledger
     from raysweep.sweep.worker_server import prepare_workers
@@ -279,10 +349,9 @@ def run_command(args: argparse.Namespace) -> None:
         warm_start = _collect_warm_start(request, space, dataset, runs_folder)
         if warm_start is not None:
             space = warm_start.add_points(space)
-        if request.plan_only:
-            _print_plan(request, space, dataset, resources, resumed_ledger, runs_folder)
-        else:
-            _run_sweep(request, runs_folder, space, dataset, resources, is_finished, warm_start)
+        yield _PreparedSweep(
+            runs_folder, space, dataset, resources, resumed_ledger, is_finished, warm_start
+        )
 
 
 def _collect_warm_start(
@@ -309,18 +378,12 @@ def _collect_warm_start(
     return warm_start
 
 
-def _print_plan(
-    request: TuneRequest,
-    space: SearchSpace,
-    dataset: DatasetSplits,
-    resources: Resources,
-    resumed_ledger: Ledger | None,
-    runs_folder: StorePath,
-) -> None:
+def _print_plan(request: TuneRequest, prepared: _PreparedSweep) -> None:
     """Print what the sweep would run."""
     from raysweep.commands._sweep_plan_output import print_sweep_plan
     from raysweep.sweep.plan import plan_sweep
 
+    space, resumed_ledger = prepared.space, prepared.resumed_ledger
     trials = [
         trial.as_running() if trial.runs_again(request.retry_failed) else trial
         for trial in (resumed_ledger.load_all_runs() if resumed_ledger else [])
@@ -332,8 +395,8 @@ def _print_plan(
         if trials and not resumed_ledger.has_work_left(request.retry_failed):
             # Fewer repeats were needed than there may be.
             space = space.replace(repeat=0)
-    plan = plan_sweep(space, dataset, resources, request.address, trials)
-    print_sweep_plan(plan, request.as_json, runs_folder.local_path)
+    plan = plan_sweep(space, prepared.dataset, prepared.resources, request.address, trials)
+    print_sweep_plan(plan, request.as_json, prepared.runs_folder.local_path)
 
 
 def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSplits) -> None:
@@ -360,17 +423,8 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
         print_warnings([f"{line}; the sweep stops there, and --resume continues it"])
 
 
-def _run_sweep(
-    request: TuneRequest,
-    runs_folder: StorePath,
-    space: SearchSpace,
-    dataset: DatasetSplits,
-    resources: Resources,
-    is_finished: bool,
-    warm_start: WarmStart | None,
-) -> None:
-    """Run or resume the sweep and print its result."""
-    from raysweep.commands._sweep_result_output import print_sweep_result, report_sweep_end
+def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> EndedSweep:
+    """Run or resume the sweep."""
     from raysweep.commands.common import make_writable_folder, print_warnings
     from raysweep.errors import WorkFailed
     from raysweep.leases import hold_folder_lease
@@ -379,9 +433,11 @@ def _run_sweep(
     from raysweep.terminal import SweepDisplay, create_progress_console
     from raysweep.tracking import SweepTracker, Tracker, tracking_uri
 
+    space, dataset = prepared.space, prepared.dataset
+    is_finished, warm_start = prepared.is_finished, prepared.warm_start
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
-    sweep_folder = runs_folder / _choose_sweep_name(request, space)
+    sweep_folder = prepared.runs_folder / _choose_sweep_name(request, space)
     _check_disk_space(sweep_folder, space, dataset)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
     display = SweepDisplay(create_progress_console())
@@ -414,7 +470,7 @@ def _run_sweep(
                 end_reason = run_sweep(
                     ledger,
                     listeners,
-                    resources,
+                    prepared.resources,
                     request.address,
                     _make_budget(request),
                     dataset.fingerprint,
@@ -424,8 +480,7 @@ def _run_sweep(
                 )
             except WorkFailed as error:
                 raise error.with_prefix("the sweep failed: ") from error
-    print_sweep_result(request, ledger, tracker)
-    report_sweep_end(request, ledger, end_reason)
+    return EndedSweep(ledger, tracker, end_reason)
 
 
 def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:

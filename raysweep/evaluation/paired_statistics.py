@@ -44,6 +44,13 @@ class PairedDifference(NamedTuple):
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def verdict(self) -> str:
+        """How the first model compares with the second: "better", "worse" or "cannot tell"."""
+        if not self.is_told_apart:
+            return "cannot tell"
+        return "better" if self.low > 0 else "worse"
+
 
 def compare_paired(
     first: FloatArray, second: FloatArray, n_comparisons: int = 1, training_variance: float = 0.0

@@ -14,7 +14,12 @@ A log that cannot be written or uploaded never ends the work.
 from raysweep.logs.entries import JsonEntry, format_entry
 from raysweep.logs.log_reading import read_log
 from raysweep.logs.open_logs import close_logs, discard_log, log_to_folder, log_trial
-from raysweep.logs.running_command import LEVEL_VARIABLE, CommandLog, command_log
+from raysweep.logs.running_command import (
+    LEVEL_VARIABLE,
+    CommandLog,
+    command_log,
+    format_command_line,
+)
 
 __all__ = [
     "LEVEL_VARIABLE",
@@ -23,6 +28,7 @@ __all__ = [
     "close_logs",
     "command_log",
     "discard_log",
+    "format_command_line",
     "format_entry",
     "log_to_folder",
     "log_trial",

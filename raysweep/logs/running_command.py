@@ -40,23 +40,32 @@ class CommandLog:
     running: "ClassVar[CommandLog | None]" = None
     """The command that this process runs."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.name = arguments[0] if arguments else ""
-        # Quotes could hide the secrets of an argument.
-        plain_arguments = map(redact_secrets, arguments)
-        self.command_line = redact_secrets(shlex.join(["raysweep", *plain_arguments]))
+    def __init__(self, name: str, command_line: str) -> None:
+        self.name = name
+        self.command_line = redact_secrets(command_line)
         self.exit_code: int | None = None
         self.started_at = time.time()
         self.early_records = EarlyRecordBuffer()
         self.folders = contextlib.ExitStack()
 
 
-@contextmanager
-def command_log(arguments: Sequence[str], verbose: bool = False) -> Iterator[CommandLog]:
-    """Context manager for a command: shows records on the terminal, and logs the command's end.
+def format_command_line(arguments: Sequence[str]) -> str:
+    """Return a command of raysweep as a line for a shell, without secrets.
 
     Args:
         arguments: The command line without `raysweep`.
+    """
+    # Quotes could hide the secrets of an argument.
+    return redact_secrets(shlex.join(["raysweep", *map(redact_secrets, arguments)]))
+
+
+@contextmanager
+def command_log(name: str, command_line: str, verbose: bool = False) -> Iterator[CommandLog]:
+    """Context manager for a command: shows records on the terminal, and logs the command's end.
+
+    Args:
+        name: Name of the command, such as `tune`.
+        command_line: What the user typed: the whole command, or the call of a Python function.
         verbose: Whether `--verbose` was given.
 
     Yields:
@@ -66,7 +75,7 @@ def command_log(arguments: Sequence[str], verbose: bool = False) -> Iterator[Com
         SpecError: $RAYSWEEP_LOG_LEVEL is not a level.
     """
     level = _choose_terminal_level(verbose)
-    command = CommandLog(arguments)
+    command = CommandLog(name, command_line)
     terminal, early = TerminalHandler(level), command.early_records
     outer_command, CommandLog.running = CommandLog.running, command
     attach_handlers(terminal, early)

@@ -44,9 +44,7 @@ class BaseComparison:
     @property
     def verdict(self) -> str:
         """How the best trial compares with the base method: "better", "worse" or "cannot tell"."""
-        if not self.difference.is_told_apart:
-            return "cannot tell"
-        return "better" if self.difference.low > 0 else "worse"
+        return self.difference.verdict
 
     def to_json_dict(self) -> JsonDict:
         """Return plain data for `--json`."""

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -204,9 +203,6 @@ def _treat_termination_as_interrupt() -> Iterator[None]:
 
     Ray's own handler prints a stack and exits at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         logger.warning(

@@ -25,3 +25,22 @@ def describe_conclusions(ledger: Ledger) -> list[str]:
         *describe_spread(ledger),
         *describe_base_comparison(ledger),
     ]
+
+
+def describe_complete_failure(ledger: Ledger) -> str:
+    """Describe that no trial of a sweep has a result because trials failed.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        One line with the first reason; "" if a trial has a result, or if none failed.
+    """
+    trials = ledger.load_trials()
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if not failed or ledger.find_best_trial() is not None:
+        return ""
+    count = "every trial" if len(failed) == len(trials) else "no trial has a result:"
+    if len(failed) < len(trials):
+        count += f" {len(failed)} of {len(trials)}"
+    return f"{count} failed; the first: {failed[0].reason}"

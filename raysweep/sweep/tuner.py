@@ -6,7 +6,6 @@ Optuna proposes the params of each trial, ASHA stops weak trials, and the ledger
 import logging
 import math
 import signal
-import threading
 import time
 import warnings
 from collections import Counter
@@ -60,9 +59,11 @@ from raysweep.sweep.tune_callbacks import (
     SweepEndReason,
     SweepListener,
 )
+from raysweep.termination_signals import is_main_thread
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_progress import EpochProgressWriter
 from raysweep.training.failure_reports import describe_bug, failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
@@ -366,7 +367,7 @@ def _restore_signal_handlers() -> Iterator[None]:
 
     Tune does not restore them: after a sweep without Ctrl-C, the next Ctrl-C would do nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not is_main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
@@ -405,11 +406,23 @@ def _build_tuner(
             # Temporary files of Tune: no sweep is resumed from them.
             storage_path=str(ledger.path.working_path),
             verbose=0,
+            progress_reporter=_SilentReporter(),
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_RETRIES),
             stop=BudgetStopper(ledger_callback),
             callbacks=[ledger_callback, ReleaseWorkersCallback(ledger.path)],
         ),
     )
+
+
+class _SilentReporter(tune.ProgressReporter):
+    """Shows no progress. Tune's own reporter for notebooks clears the output of the cell."""
+
+    def should_report(self, trials: list[Any], done: bool = False) -> bool:
+        """Return that there is never anything to report."""
+        return False
+
+    def report(self, trials: list[Any], done: bool, *sys_info: str) -> None:
+        """Report nothing."""
 
 
 def _silence_ray() -> None:
@@ -506,13 +519,17 @@ def _train_and_report(
     """Train a trial whose log is open, and report its epochs or its failure."""
     try:
         with defer_sigterm():
-            train_model(
-                config,
-                run_path,
-                FunctionCallback(report_epoch, should_interrupt=termination_requested),
-                data=dataset.load_shared(config.data),
-                prefix_cache=prefix_cache,
+            data = dataset.load_shared(config.data)
+            progress = EpochProgressWriter(run_path, data.count_train_batches(config.batch_size))
+
+            def end_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
+                progress.delete()
+                report_epoch(metrics, checkpoint)
+
+            callback = FunctionCallback(
+                end_epoch, on_step_end=progress.record_step, should_interrupt=termination_requested
             )
+            train_model(config, run_path, callback, data=data, prefix_cache=prefix_cache)
     except TrainingInterrupted:
         exit_preempted()
     except StoreUnavailable as error:

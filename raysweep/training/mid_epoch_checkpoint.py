@@ -23,7 +23,7 @@ from raysweep.errors import DamagedFileError, WorkInterrupted, get_first_line
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
 from raysweep.stored_data import check_stored_types, parse_stored_json
-from raysweep.termination_signals import handle_termination_signals
+from raysweep.termination_signals import handle_termination_signals, is_main_thread
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig, has_same_settings
@@ -217,12 +217,15 @@ def _read_partial_epoch(saved: TrainingCheckpoint) -> _PartialEpoch:
 def catch_termination_signals() -> Iterator[Callable[[], bool]]:
     """Context manager that records SIGTERM, SIGHUP and the first Ctrl-C; none ends the process.
 
-    SIGHUP is left alone if it is ignored (`nohup`). A second Ctrl-C uses the original handler. Only
-    the main thread may enter this context.
+    SIGHUP is left alone if it is ignored (`nohup`). A second Ctrl-C uses the original handler. In
+    other threads than the main one, which may set no handlers, it records nothing.
 
     Yields:
         A function that returns whether one of these signals has arrived.
     """
+    if not is_main_thread():
+        yield lambda: False
+        return
     received: list[int] = []
     original_handler = signal.getsignal(signal.SIGINT)
 

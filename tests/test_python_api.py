@@ -1,0 +1,192 @@
+"""`raysweep.tune`, `train` and `run`: what they do is what the commands of their names do."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE_RUN, TINY
+
+import raysweep
+from raysweep.cli import main
+from raysweep.errors import SpecError, WorkInterrupted
+from raysweep.spec import JsonDict
+from raysweep.sweep.ledger import Ledger
+
+SETTINGS: dict[str, Any] = {**TINY, **ONE_RUN, "finalists": 0, "base_runs": 0}
+
+
+def set_flags(settings: dict[str, Any]) -> list[str]:
+    """What the command line is given for the same settings."""
+    return [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
+
+
+def make_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8), np.arange(n) % 4
+
+
+def read_results(ledger: Ledger) -> list[JsonDict]:
+    """What must be equal in equal sweeps: everything but times."""
+    names = ("params", "state", "epoch", "clean", "pgd", "robust_worst", "train/loss")
+    rows = [{**vars(trial), **trial.best} for trial in ledger.load_trials()]
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def test_the_package_imports_nothing_heavy_until_a_name_is_used() -> None:
+    code = (
+        "import sys, raysweep\n"
+        "assert {'tune', 'train', 'run', 'compare', 'Sweep'} <= set(dir(raysweep))\n"
+        "error = raysweep.RaysweepError('x')\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pydantic', 'rich', 'numpy', 'pandas'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.mlflow
+def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
+    (x, y), test = make_images(120, 0), make_images(40, 1)
+    settings = {**TINY, **ONE_RUN, "epochs": np.int64(1)}
+    run = raysweep.train(
+        "at",
+        data={"train": (torch.from_numpy(x), y.tolist()), "test": test},
+        settings=settings,
+        name="arrays",
+    )
+    assert run.state == "finished" and run.n_epochs == 1 and run.checkpoint is not None
+    assert "<TrainingRun arrays: finished after 1 epoch, best epoch 1 with" in repr(run)
+    (folder,) = (workdir / "runs" / ".arrays").iterdir()
+    written_at = (folder / "train.npz").stat().st_mtime_ns
+    Path("mine").mkdir()
+    for name, (images, labels) in {"train": (x, y), "test": test}.items():
+        np.savez(Path("mine") / f"{name}.npz", x=images, y=labels)
+    arguments = ["--data-dir", "mine", "--name", "folder", *set_flags({**settings, "epochs": 1})]
+    assert main(["train", "at", *arguments]) == 0
+    weights = [
+        (workdir / "runs" / name / "epoch-0001" / "weights.safetensors").read_bytes()
+        for name in ("arrays", "folder")
+    ]
+    assert weights[0] == weights[1]
+    capsys.readouterr()
+    again = raysweep.train("at", data=((x, y), test), settings=settings, name="arrays")
+    assert again.best == run.best and (folder / "train.npz").stat().st_mtime_ns == written_at
+    model = raysweep.load(again.path.local_path)
+    assert model(torch.from_numpy(test[0][:3]) / 255).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"trials": 0}, "trials = 0: is not a whole number of at least 1"),
+        ({"trials": True}, "trials = True: is not a whole number"),
+        ({"workers": 1.5}, "workers = 1.5: is not a whole number"),
+        ({"max_seconds": 0}, "max_seconds = 0: is not a number above 0"),
+        ({"max_gpu_hours": float("nan")}, "max_gpu_hours = nan: is not a number of at least 0"),
+        ({"settings": {"epochs": "x"}}, "epochs = 'x'"),
+        ({"settings": {3: 1}}, "3: expected the name of a setting"),
+        ({"resume": "no"}, "no sweep in"),
+        ({"retry_failed": True}, "--retry-failed: names no sweep"),
+        ({"data": "digitz"}, "data: no data set 'digitz'; nearest: digits, and there is no such"),
+        ({"data": make_images(8, 0)}, "data: is not a pair of pairs; expected"),
+        ({"data": {"train": make_images(8, 0)}}, "data: has 'train'; expected"),
+        ({"data": {"train": 3, "test": 4}}, "data['train']: is not a pair (x, y) of arrays"),
+        (
+            {"data": {"train": (np.zeros((4, 8, 8)), [0] * 4), "test": make_images(8, 0)}},
+            "data['train']: x must be uint8 of shape (N, C, H, W), got float64 of shape (4, 8, 8)",
+        ),
+        ({"code": print}, "code = print: has no file"),
+    ],
+)
+def test_a_wrong_request_is_an_error_of_one_line_and_starts_nothing(
+    arguments: dict[str, Any], line: str, workdir: Path
+) -> None:
+    with pytest.raises(raysweep.RaysweepError) as caught:
+        raysweep.tune("at", **arguments)
+    assert isinstance(caught.value, SpecError)
+    (problem,) = caught.value.problems
+    assert line in problem
+    assert not list(workdir.rglob("sweep.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.mlflow
+def test_a_sweep_of_a_thread_equals_that_of_the_command_line(ray_cluster, workdir: Path) -> None:
+    """Only the main thread may set signal handlers: a sweep of another one runs without."""
+    found: list[raysweep.Sweep] = []
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def work() -> None:
+        found.append(raysweep.tune("at", trials=2, name="python", settings=SETTINGS))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    (sweep,) = found
+    assert sweep.state == "finished" and list(sweep.trials["state"]) == ["finished"] * 2
+    assert repr(sweep).startswith("<Sweep python: 2 of 2 trials ended, best trial 000")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    arguments = ["--trials", "2", "--name", "shell", *set_flags(SETTINGS)]
+    assert main(["tune", "at", *arguments]) == 0
+    shell = Ledger.open(workdir / "runs" / "shell")
+    assert read_results(sweep.ledger) == read_results(shell)
+    log = (workdir / "runs" / "python" / "log.jsonl").read_text().splitlines()
+    start = next(entry for entry in map(json.loads, log) if entry.get("event") == "start")
+    assert "raysweep.tune(method='at', trials=2" in start["message"]
+
+
+@pytest.mark.ray
+@pytest.mark.mlflow
+def test_an_interrupted_sweep_is_an_error_and_resumes(ray_cluster, workdir: Path) -> None:
+    def interrupt_after_an_epoch() -> None:
+        while not list(workdir.glob("runs/g1/trials/*/epoch-0001")):
+            is_over.wait(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    is_over = threading.Event()
+    thread = threading.Thread(target=interrupt_after_an_epoch)
+    thread.start()
+    settings = {**SETTINGS, "epochs": 40}
+    with pytest.raises(WorkInterrupted, match=r"of 2 trials done; resume .*tune\(resume='g1'"):
+        raysweep.tune("at", trials=2, name="g1", settings=settings)
+    thread.join()
+    sweep = raysweep.load_sweep("g1")
+    assert sweep.state == "interrupted" and len(sweep.epochs)
+    assert raysweep.tune(resume="g1").state == "finished"
+    assert list(sweep.trials["epochs"]) == [40, 40]
+
+
+@pytest.mark.ray
+@pytest.mark.mlflow
+def test_a_pipeline_returns_its_stages_and_results(ray_cluster, one_core, workdir: Path) -> None:
+    stages = """\
+stages:
+  - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
+  - {kind: autoattack, attacks: {PGD: pgd20}, n: 20}
+  - {kind: report}
+"""
+    Path("small.yaml").write_text(stages)
+    settings = {**TINY, **ONE_RUN, "epochs": 1, "*.eps": 0.02}
+    result = raysweep.run("small.yaml", settings=settings)
+    assert [stage.kind for stage in result.stages] == ["train", "autoattack", "report"]
+    assert result.report is not None and result.report.is_file() and result.regressions == ()
+    (row,) = result.evaluations.to_dict("records")
+    assert row["attack"] == "PGD" and row["examples"] == 20
+    # An independent evaluation of the same checkpoint on the same examples.
+    from raysweep.data import DataSpec, load_data
+
+    test = load_data(DataSpec(name="digits")).test
+    model = raysweep.load(row["checkpoint"])
+    predicted = model(test.get_float_images(slice(0, len(test)))).argmax(1)
+    assert 0 <= row["robust"] <= row["clean"] <= 1
+    assert abs(row["clean"] - (predicted == test.y).float().mean().item()) < 0.35
+    again = raysweep.run("small.yaml", settings=settings)
+    assert all(stage.was_done_before for stage in again.stages)
+    assert again.evaluations.equals(result.evaluations)
