@@ -21,6 +21,7 @@ from raysweep.evaluation.paired_statistics import (
     estimate_training_variance,
 )
 from raysweep.pipeline.artifact import Candidate, rank_candidates
+from raysweep.pipeline.report.search_results import _build_trial_table
 from raysweep.pipeline.stage_sweep import drop_data_location
 from raysweep.result_loading import Sweep, load_sweep, sweep_to_json
 from raysweep.spec import SpecError
@@ -382,6 +383,10 @@ class TestShown:
         rows = render(TrialTable(ledger, ledger.load_all_runs()))
         assert "0.433 (2)" in rows[1] and "(" not in rows[3]
         assert [row.split("  ")[0] for row in rows[6:8]] == ["0000 seed 1", "0001 seed 1"]
+        report = _build_trial_table(ledger, ledger.load_all_runs())
+        column = report.headers.index("mean (seeds)")
+        assert [row[column] for row in report.rows[:3]] == ["43.33 (2)", "42.67 (2)", ""]
+        assert [row[0] for row in report.rows[5:]] == ["0000 seed 1", "0001 seed 1"]
         ledger.save_trial(make_repeat(1, 1, 150))
         assert describe_repeats(ledger)[-1] == "one seed alone would have chosen trial 0000"
 
