@@ -270,7 +270,7 @@ class RunComparison:
             run.title: PlottedRun(run.config, RunDirectory(run.path).read_history())
             for run in self.runs
         }
-        differences = {f"{pair.first} - {pair.second}": pair.difference for pair in self.pairs}
+        differences = {f"{pair.first}\n- {pair.second}": pair.difference for pair in self.pairs}
         return plot_run_comparison(histories, ("clean", self.objective), differences)
 
 
