@@ -58,6 +58,7 @@ IMPORT_RAY_OR_MLFLOW = {
     "test_clusters.py",
     "test_doctor.py",
     "test_kills.py",
+    "test_mlflow_models.py",
     "test_ray_internals.py",
     "test_ray_workers.py",
     "test_resume.py",
