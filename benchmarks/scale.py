@@ -278,6 +278,7 @@ def settings() -> list[Setting]:
         replace(wide, name="... store of 1 GB/s (one NFS server)", store_mb_per_second=1000.0),
         fast,
         replace(fast, name="... MLflow on PostgreSQL", mlflow="postgres"),
+        replace(fast, name="... MLflow written by a thread", mlflow="background"),
         replace(fast, name="... 10 sweeps of 1,000 trials", sweeps=10),
         replace(fast, name="... 10 sweeps, PostgreSQL", sweeps=10, mlflow="postgres"),
         replace(fast, name="... 100 GPUs", gpus=100),

@@ -5,9 +5,9 @@ MLflow has at the end.
 
 Each sweep runs on a Ray cluster of its own. The server is killed (SIGKILL) when the first epochs
 are recorded, or stopped (SIGSTOP) so that it accepts connections and says nothing; it comes back
-before the sweep ends, or after it, and then the same command with --resume is run. Prints a table:
-the exit codes, the lines that say something about MLflow, and for each run of MLflow its state and
-number of epochs beside those of the ledger.
+before the sweep ends, or after it, and then `raysweep sync` is run. Prints a table: the exit codes,
+the lines that say something about MLflow, and for each run of MLflow its state and number of epochs
+at the end of the sweep and after `sync`, beside those of the ledger.
 """
 
 import os
@@ -38,7 +38,7 @@ SETTINGS = [word for value in (*TINY, f"epochs={EPOCHS}") for word in ("--set", 
 SCENES = {
     "killed, back in mid-sweep": (signal.SIGKILL, True),
     "stopped, back in mid-sweep": (signal.SIGSTOP, True),
-    "killed, back after the end, then --resume": (signal.SIGKILL, False),
+    "killed, back after the end, then `sync`": (signal.SIGKILL, False),
 }
 
 
@@ -99,9 +99,10 @@ def run_scene(name: str, number: signal.Signals, comes_back: bool) -> list[str]:
     if comes_back:
         server.send_signal(signal.SIGCONT) if number == signal.SIGSTOP else server.start()
     codes = [process.wait()]
+    before = count_epochs(server.database_uri)
     if not comes_back:
         server.start()
-        codes.append(start(["tune", "--resume", "s"], folder, server.uri).wait())
+        codes.append(start(["sync"], folder, server.uri).wait())
     server.kill()
     output = (folder / "output").read_text()
     lines = [line for line in output.splitlines() if "MLflow" in line and "warning" in line]
@@ -115,7 +116,10 @@ def run_scene(name: str, number: signal.Signals, comes_back: bool) -> list[str]:
         "yes" if "Traceback" in output else "no",
         str(len(lines)),
         in_ledger,
-        ", ".join(f"{state} {n}" for _, (state, n) in sorted(in_mlflow.items())),
+        *(
+            ", ".join(f"{state} {n}" for _, (state, n) in sorted(found.items()))
+            for found in (before, in_mlflow)
+        ),
     ]
 
 
@@ -123,7 +127,7 @@ def main() -> None:
     rows = [run_scene(name, *scene) for name, scene in SCENES.items()]
     print(describe_machine())
     head = ["MLflow's server", "exit", "traceback", "warnings", "ledger: trials, epochs"]
-    print(format_table([*head, "MLflow: trials, then the sweep"], rows))
+    print(format_table([*head, "MLflow at the end: trials, sweep", "after `sync`"], rows))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from raysweep.checkpoint_evaluation import (
 )
 from raysweep.cli import main
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
 from raysweep.sweep.trial import Trial
@@ -166,6 +167,53 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
         "pgd20-Linf-0.15-n4-seed1",
         "autoattack-rand-Linf-0.15-n1-balanced",
     }
+
+
+@pytest.mark.mlflow
+def test_sync_writes_the_evaluation_that_a_killed_command_left_out(
+    trained_run: Path, workdir: Path, monkeypatch, capsys
+) -> None:
+    from mlflow import MlflowClient
+
+    from raysweep.commands.doctor import DoctorRequest, _diagnose_unrecorded_work
+    from raysweep.unrecorded_folders import UNRECORDED_FILE
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    written = []
+
+    def kill(tracker, record, folder) -> None:
+        written.append(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("raysweep.record_queue.RecordQueue.write", lambda self, record: record())
+        patched.setattr("raysweep.checkpoint_evaluation.log_evaluation", kill)
+        assert main(["eval", str(trained_run), "--attack", "pgd20", "--n", "4"]) == 130
+    ((folder,), name) = (written, trained_run.name)
+    assert (folder / UNRECORDED_FILE).is_file()
+    request = DoctorRequest(None, {}, Path(), None, False)
+    (finding,) = _diagnose_unrecorded_work(request, open_path(workdir / "runs"))
+    assert (
+        not finding.ok
+        and finding.text == (f"lacks records of evaluation {name}/{folder.name}")
+        and finding.remedy == "raysweep sync"
+    )
+    capsys.readouterr()
+    assert main(["sync", name]) == 0
+    assert capsys.readouterr().out == f"MLflow has evaluation {name}/{folder.name}\n"
+    client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+    tags = checkpoint_run_tags(load_checkpoint_target(trained_run, {}).checkpoint)
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("raysweep").experiment_id],
+        f"tags.`raysweep.run` = '{tags['raysweep.run']}'",
+    )
+    rows = pq.read_table(folder / "examples.parquet").to_pandas()
+    found = run.data.metrics["eval/pgd20-Linf-0.15-n4-balanced/clean_accuracy"]
+    assert found == (rows["broken_by"] != "clean").mean() == 0.25
+    assert list(_diagnose_unrecorded_work(request, open_path(workdir / "runs"))) == []
+    assert main(["sync", "nobody"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"no sweep, training run or pipeline 'nobody'; known: {name}")
 
 
 @pytest.mark.ray
