@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import forked_processes
@@ -410,7 +411,8 @@ def test_a_node_of_ray_that_starts_too_slowly_is_a_fault_of_the_environment(
 
     monkeypatch.setattr("ray.init", fail)
     with pytest.raises(InfrastructureError) as caught:
-        cluster._start_or_join("local", 1, "--address")
+        with ExitStack() as workers:
+            cluster._start_or_join("local", 1, "--address", workers)
     assert str(caught.value).startswith(f"Ray could not be started on this machine: {words}")
     assert caught.value.exit_code == 3
 
@@ -425,6 +427,7 @@ def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
         "logs/running_command.py",
         "evaluation/process_pool.py",
         "sweep/preemption.py",
+        "sweep/worker_server.py",
     }
     for path in sorted((ROOT / "raysweep").rglob("*.py")):
         text = path.read_text()
