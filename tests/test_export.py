@@ -44,6 +44,11 @@ def list_study_trials(url: str) -> list[tuple]:
     )
 
 
+def wait_until_written(exporter: OptunaExporter) -> None:
+    """A thread writes; the end of a sweep waits for it."""
+    assert exporter._records.flush()
+
+
 def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
     export = OptunaExporter(url)
@@ -56,6 +61,7 @@ def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path
     ):
         ledger.save_trial(trial)
         export.on_trial_update(trial, None)
+    wait_until_written(export)
     assert list_study_trials(url) == [(0, "COMPLETE", 0.25, 1.0), (1, "FAIL", None, 2.0)]
     (first, _) = optuna.load_study(study_name=f"s-{ledger.key[:8]}", storage=url).get_trials()
     assert first.intermediate_values == {1: 0.125, 2: 0.25} and first.constraints == {
@@ -67,6 +73,7 @@ def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path
     for _ in range(2):
         export = OptunaExporter(url)
         export.on_sweep_start(Ledger.open(ledger.path), 1)
+        wait_until_written(export)
         assert [number for number, *_ in list_study_trials(url)] == [0, 1, 2]
     # A trial that had ended goes on.
     export.on_trial_update(replace(build_finished_trial(0, 0.75), epoch=3), None)
@@ -87,6 +94,7 @@ def test_studies_have_optunas_states_and_keep_a_persons_notes(
         ledger.save_trial(trial)
     exporter = OptunaExporter(url)
     exporter.on_sweep_start(ledger, 1)
+    wait_until_written(exporter)
 
     def load_study(name: str) -> optuna.Study:
         opened = optuna.storages.get_storage(url) if "://" in url else open_journal()
@@ -103,16 +111,20 @@ def test_studies_have_optunas_states_and_keep_a_persons_notes(
     study.set_user_attr("note", "look at trial 1")
     ledger.save_trial(build_finished_trial(1, 0.75))
     for _ in range(2):
-        OptunaExporter(url).on_sweep_start(ledger, 1)
+        exporter = OptunaExporter(url)
+        exporter.on_sweep_start(ledger, 1)
+        wait_until_written(exporter)
     assert load_study(name).user_attrs == {"note": "look at trial 1"}
     assert [trial.state.name for trial in load_study(name).trials] == ["COMPLETE", "PRUNED"]
     assert [trial.value for trial in load_study(f"{name}-copy-2").trials] == [0.5, 0.75]
     # Somebody deletes the study that a sweep is writing.
     exporter = OptunaExporter(url)
     exporter.on_sweep_start(ledger, 1)
+    wait_until_written(exporter)
     optuna.delete_study(study_name=f"{name}-copy-2", storage=load_study(f"{name}-copy-2")._storage)
     ledger.save_trial(build_finished_trial(2, 0.875))
     exporter.on_trial_update(build_finished_trial(2, 0.875), None)
+    wait_until_written(exporter)
     assert [trial.value for trial in load_study(f"{name}-copy-2").trials] == [0.5, 0.75, 0.875]
 
 
@@ -139,6 +151,7 @@ def test_a_journal_may_be_relative_and_in_capitals_and_may_vanish(
     monkeypatch.setattr(os, "symlink", link)
     exporter = OptunaExporter("sub/JOURNAL.LOG")
     exporter.on_sweep_start(ledger, 1)
+    wait_until_written(exporter)
     # Optuna waits forever for the owner of a lock that leads nowhere.
     assert lead_to_journal and all(lead_to_journal)
     Path("sub/JOURNAL.LOG").unlink()
