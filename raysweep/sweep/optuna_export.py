@@ -51,6 +51,8 @@ class OptunaExporter:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         full_url = fill_in_passwords(storage_url, "--optuna")
         self._records = RecordQueue("--optuna", storage_url)
+        # Identities of the trials that the study has.
+        self._exported: set[tuple[int, str, str, str]] = set()
         is_journal = "://" not in full_url and Path(full_url).suffix.lower() in JOURNAL_SUFFIXES
         try:
             self._storage = _open_journal(full_url) if is_journal else _open_database(full_url)
@@ -95,10 +97,14 @@ class OptunaExporter:
             self._rebuild_outdated_study(ledger)
 
     def _add_trial(self, trial: Trial) -> None:
-        """Add a trial that has ended."""
+        """Add a trial that has ended, unless the study was rebuilt when it had."""
+        exported = to_frozen_trial(self._space, trial)
+        if _trial_identity(exported) in self._exported:
+            return
         with _translate_errors():
             try:
-                self._study.add_trial(to_frozen_trial(self._space, trial))
+                self._study.add_trial(exported)
+                self._exported.add(_trial_identity(exported))
             except KeyError:
                 logger.info(
                     "somebody deleted the Optuna study %s: it is written anew", self._study_name
@@ -127,6 +133,7 @@ class OptunaExporter:
             if trial.state != "running"
         ]
         exported = self._study.get_trials(deepcopy=False)
+        self._exported = set(map(_trial_identity, trials))
         if sorted(map(_trial_identity, trials)) == sorted(map(_trial_identity, exported)):
             return
         if _is_annotated(self._study, self._storage):
