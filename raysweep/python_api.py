@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from raysweep.argument_types import check_argument_type, to_plain_value
 from raysweep.code_files import CodeFile, open_code_file, open_function_file
 from raysweep.commands.run import EndedPipeline, RunRequest, run_pipeline_request
 from raysweep.commands.session import command_session
@@ -38,6 +39,38 @@ Data: TypeAlias = "str | Path | ImageArrays"
 """A data set: its name, its folder, or its images as arrays."""
 Code: TypeAlias = "str | Path | Callable[..., nn.Module]"
 """A Python file with a network, or the network's function."""
+
+# What arguments may be, by their names: classes, and what messages call them.
+_Types: TypeAlias = tuple[tuple[type, ...], str]
+_TEXT: _Types = ((str,), "a text")
+_PATH: _Types = ((str, Path), "a path")
+_FLAG: _Types = ((bool,), "True or False")
+_NUMBER: _Types = ((int, float), "a number")
+_WHOLE_NUMBER: _Types = ((int,), "a whole number")
+_ARGUMENT_TYPES: dict[str, _Types] = {
+    "method": ((str, Path), "a name or a file"),
+    "pipeline": ((str, Path), "a name or a file"),
+    "settings": ((Mapping,), "a mapping {dotted path: value}"),
+    "warm_start": ((list, tuple), "a list of names"),
+    "first_stage": ((str, int), "the kind or the number of a stage"),
+    "code": ((str, Path, Callable), "a file or a function"),  # type: ignore[dict-item]
+    "space": _PATH,
+    "out": _PATH,
+    "storage": _PATH,
+    "name": _TEXT,
+    "resume": _TEXT,
+    "address": _TEXT,
+    "optuna": _TEXT,
+    "retry_failed": _FLAG,
+    "wait": _FLAG,
+    "verbose": _FLAG,
+    "trials": _WHOLE_NUMBER,
+    "workers": _WHOLE_NUMBER,
+    "max_seconds": _NUMBER,
+    "max_gpu_hours": _NUMBER,
+    "cpus_per_trial": _NUMBER,
+    "gpus_per_trial": _NUMBER,
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +131,7 @@ def tune(
     optuna: str | None = None,
     code: Code | None = None,
     out: str | Path = ".",
-    storage: str | None = None,
+    storage: str | Path | None = None,
     verbose: bool = False,
 ) -> Sweep:
     """Run a sweep, as `raysweep tune` does.
@@ -145,8 +178,12 @@ def tune(
         WorkInterrupted: The sweep was interrupted; it can be resumed.
     """
     with _session("tune", locals(), verbose):
-        _check_range("trials", trials, 1, is_whole=True)
-        _check_range("workers", workers, 1, is_whole=True)
+        if name is not None and resume is not None:
+            raise SpecError("name: has no effect with resume, which names the sweep; leave one out")
+        for warm_start_name in warm_start:
+            check_argument_type("warm_start", warm_start_name, *_TEXT)
+        _check_range("trials", trials, 1)
+        _check_range("workers", workers, 1)
         _check_range("max_seconds", max_seconds, 0, is_open=True)
         for option, amount in (
             ("max_gpu_hours", max_gpu_hours),
@@ -175,7 +212,7 @@ def tune(
                 overrides=_collect_overrides(settings, data, code_file, out),
                 code=code_file,
                 out=expand_home(out),
-                storage=storage,
+                storage=None if storage is None else str(storage),
                 as_json=False,
                 retry_failed=retry_failed,
                 warm_start=tuple(warm_start),
@@ -194,14 +231,14 @@ def tune(
 
 
 def train(
-    method: str,
+    method: str | Path,
     *,
     data: Data | None = None,
     settings: Mapping[str, Any] | None = None,
     name: str | None = None,
     code: Code | None = None,
     out: str | Path = ".",
-    storage: str | None = None,
+    storage: str | Path | None = None,
     verbose: bool = False,
 ) -> TrainingRun:
     """Train one model in this process, as `raysweep train` does; resume it if it was interrupted.
@@ -230,12 +267,12 @@ def train(
         code_file = _open_code(code)
         ended = run_train_request(
             TrainRequest(
-                method=method,
+                method=str(method),
                 name=name,
                 overrides=_collect_overrides(settings, data, code_file, out),
                 code=code_file,
                 out=expand_home(out),
-                storage=storage,
+                storage=None if storage is None else str(storage),
                 as_json=False,
                 plan_only=False,
             )
@@ -248,12 +285,12 @@ def run(
     *,
     data: Data | None = None,
     settings: Mapping[str, Any] | None = None,
-    first_stage: str | None = None,
+    first_stage: str | int | None = None,
     wait: bool = False,
     address: str | None = None,
     code: Code | None = None,
     out: str | Path = ".",
-    storage: str | None = None,
+    storage: str | Path | None = None,
     verbose: bool = False,
 ) -> PipelineResult:
     """Run a pipeline, as `raysweep run` does; finished stages are kept.
@@ -288,13 +325,13 @@ def run(
             RunRequest(
                 pipeline=str(pipeline),
                 plan_only=False,
-                first_stage=first_stage,
+                first_stage=None if first_stage is None else str(first_stage),
                 wait=wait,
                 address=address,
                 overrides=_collect_overrides(settings, data, code_file, out),
                 code=code_file,
                 out=expand_home(out),
-                storage=storage,
+                storage=None if storage is None else str(storage),
                 as_json=False,
             )
         )
@@ -303,8 +340,15 @@ def run(
 
 @contextmanager
 def _session(command: str, arguments: Mapping[str, Any], verbose: bool) -> Iterator[None]:
-    """Context manager for the work of a function: that of the command of its name."""
+    """Context manager for the work of a function: that of the command of its name.
+
+    Raises:
+        SpecError: An argument has a wrong type.
+    """
     defaults = inspect.signature(globals()[command]).parameters
+    for name, value in arguments.items():
+        if name in _ARGUMENT_TYPES and (value is not None or defaults[name].default is not None):
+            check_argument_type(name, value, *_ARGUMENT_TYPES[name])
     given = [
         f"{name}={shorten_value(value)}"
         for name, value in arguments.items()
@@ -317,20 +361,12 @@ def _session(command: str, arguments: Mapping[str, Any], verbose: bool) -> Itera
         yield
 
 
-def _check_range(
-    name: str,
-    value: float | None,
-    least: float,
-    *,
-    is_whole: bool = False,
-    is_open: bool = False,
-) -> None:
+def _check_range(name: str, value: float | None, least: float, *, is_open: bool = False) -> None:
     """Raise SpecError if a number is below its least value, or equal to it if that is excluded."""
     if value is None:
         return
-    is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < least or (is_open and value == least):
-        kind = "a whole number" if is_whole else "a number"
+    if not math.isfinite(value) or value < least or (is_open and value == least):
+        kind = _ARGUMENT_TYPES[name][1]
         limit = f"above {least:g}" if is_open else f"of at least {least:g}"
         raise SpecError(f"{name} = {shorten_value(value)}: is not {kind} {limit}")
 
@@ -349,24 +385,13 @@ def _collect_overrides(
 ) -> dict[str, Any]:
     """Return {dotted path: value} of all settings, as `parse_overrides` reads the command line."""
     overrides = {
-        check_key(path): _to_plain_value(value) for path, value in (settings or {}).items()
+        check_key(path): to_plain_value(path, value) for path, value in (settings or {}).items()
     }
     if data is not None:
         overrides |= _find_data_overrides(data, expand_home(out) / "runs" / ARRAYS_FOLDER)
     if code is not None:
         overrides["model.code"] = code.sha256
     return overrides
-
-
-def _to_plain_value(value: Any) -> Any:
-    """Return a value as YAML would give it: a path as text, a number of NumPy as one of Python."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _to_plain_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_plain_value(item) for item in value]
-    return value.item() if hasattr(value, "item") and hasattr(value, "dtype") else value
 
 
 def _find_data_overrides(data: Data, arrays_folder: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raysweep.argument_types import check_argument_type
 from raysweep.evaluation.paired_statistics import (
     PairedDifference,
     compare_groups,
     estimate_training_variance,
 )
-from raysweep.formatting import format_count
+from raysweep.formatting import format_count, shorten_value
 from raysweep.result_loading import load_training_run
 from raysweep.run_lookup import FoundRun, find_run, list_runs
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name, flatten_spec
@@ -31,6 +32,7 @@ from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
 from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.user_folders import expand_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -274,7 +276,9 @@ class RunComparison:
         return plot_run_comparison(histories, ("clean", self.objective), differences)
 
 
-def compare(*names: str, out: str | Path = ".", storage: str | None = None) -> RunComparison:
+def compare(
+    *names: str | Path, out: str | Path = ".", storage: str | Path | None = None
+) -> RunComparison:
     """Compare sweeps, trials and training runs on the same validation examples.
 
     Args:
@@ -292,12 +296,24 @@ def compare(*names: str, out: str | Path = ".", storage: str | None = None) -> R
         DamagedFileError: A file of a run is damaged.
         InfrastructureError: A bucket does not answer.
     """
-    runs_folder = open_path(Path(out) / "runs" if storage is None else storage)
-    if len(names) < _MIN_RUNS or len(set(names)) < len(names):
+    for name in names:
+        check_argument_type("compare", name, (str, Path), "a name or a folder")
+    check_argument_type("out", out, (str, Path), "a path")
+    if storage is not None:
+        check_argument_type("storage", storage, (str, Path), "a path")
+    runs_folder = open_path(expand_home(out) / "runs" if storage is None else storage)
+    texts = [str(name) for name in names]
+    if len(texts) < _MIN_RUNS or len(set(texts)) < len(texts):
+        given = " ".join(map(shorten_value, texts)) or "without names"
         raise SpecError(
-            f"compare {' '.join(names)}: name two or more different sweeps, trials or training runs"
+            f"compare {given}: name two or more different sweeps, trials or training runs"
         )
-    runs = [_load_run(name, runs_folder) for name in names]
+    runs = [_load_run(name, runs_folder) for name in texts]
+    for first, second in itertools.combinations(runs, 2):
+        if _resolve_folder(first.path) == _resolve_folder(second.path):
+            raise SpecError(
+                f"compare {first.name} {second.name}: both are {first.path}; name different ones"
+            )
     groups = [run.scores for run in runs]
     groups += [scores for run in runs if (scores := _stack_base_runs(run.sweep)) is not None]
     training_variance = estimate_training_variance(groups)
@@ -310,6 +326,11 @@ def compare(*names: str, out: str | Path = ".", storage: str | None = None) -> R
             pairs += _compare_with_base_row(run, row)
     has_training_variance = any(len(scores) > 1 for scores in groups)
     return RunComparison(tuple(runs), tuple(base_rows), tuple(pairs), has_training_variance)
+
+
+def _resolve_folder(path: StorePath) -> str:
+    """Return the same text for all names of a folder."""
+    return str(path if path.local_path is None else path.local_path.resolve())
 
 
 def _load_run(name: str, runs_folder: StorePath) -> ComparedRun:

@@ -21,8 +21,10 @@ def expand_home(path: str | Path) -> Path:
         path: Path that a user wrote.
 
     Raises:
-        SpecError: There is no such user, or this user has no home folder.
+        SpecError: There is no such user, this user has no home folder, or it cannot be a path.
     """
+    if "\0" in str(path):
+        raise SpecError(f"{str(path)!r}: a path cannot have the character \\0")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

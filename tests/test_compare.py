@@ -150,6 +150,9 @@ def test_autoattack_decides_where_it_attacked_both(folder: Path, tmp_path: Path)
     [
         (("g1",), "name two or more different"),
         (("g1", "g1"), "name two or more different"),
+        ((), "compare without names: name two or more different"),
+        ((3, "g1"), "compare = 3: is not a name or a folder"),
+        (("mine", Path("runs/mine")), "compare mine runs/mine: both are "),
         (("g1", "g2"), "no sweep, trial or training run 'g2'; nearest: g1"),
         (("l1", "other-eps"), "different threat models: Linf eps 0.15 and Linf eps 0.1"),
         (("l1", "other-steps"), "different attacks: validation.attacks.pgd.steps = 2 and 3"),
@@ -205,6 +208,13 @@ def test_the_command_prints_a_table_and_writes_a_figure(folder: Path, capsys) ->
     assert main(["compare", "g1", "l1", "--out", str(folder), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == {**comparison.to_json_dict(), "figure": str(figure)}
+    # A figure of its own for each comparison, whatever the lengths and letters of the names.
+    for number in range(2):
+        link = folder / f"{'é' * 55}{number}"
+        link.symlink_to(folder / "runs" / "l1")
+        assert main(["compare", "g1", str(link), "--out", str(folder)]) == 0
+        assert capsys.readouterr().err == ""
+    assert len(list(figure.parent.iterdir())) == 3
     # The panels: natural accuracy and objective over epochs, and each difference.
     panels = comparison.plot().axes
     assert [axes.get_ylabel() for axes in panels[:2]] == [

@@ -30,6 +30,7 @@ LAYERS = [
         "disk_space",
         "user_folders",
         "spec",
+        "argument_types",
         "settings_reference",
         "schedules",
         "rng",

@@ -32,6 +32,10 @@ def make_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8), np.arange(n) % 4
 
 
+def nest(depth: int) -> list[Any]:
+    return [nest(depth - 1)] if depth else []
+
+
 def read_results(ledger: Ledger) -> list[JsonDict]:
     """What must be equal in equal sweeps: everything but times."""
     names = ("params", "state", "epoch", "clean", "pgd", "robust_worst", "train/loss")
@@ -103,13 +107,40 @@ def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
             "data['train']: x must be uint8 of shape (N, C, H, W), got float64 of shape (4, 8, 8)",
         ),
         ({"code": print}, "code = print: has no file"),
+        ({"code": 3}, "code = 3: is not a file or a function"),
+        ({"method": ["at"]}, "method = ['at']: is not a name or a file"),
+        ({"settings": "epochs=3"}, "settings = 'epochs=3': is not a mapping {dotted path: value}"),
+        ({"settings": []}, "settings = []: is not a mapping"),
+        ({"settings": {"epochs": print}}, "epochs = <built-in function print>: expected a number"),
+        ({"settings": {"epochs": {1, 2}}}, "epochs = {1, 2}: expected a number, a text, a path"),
+        ({"settings": {"epochs": np.zeros(2)}}, "epochs = [0.0, 0.0]"),
+        ({"settings": {"epochs": "\udc80"}}, "epochs = '\\udc80': is not UTF-8"),
+        ({"settings": {"epochs": nest(200)}}, "epochs: has more than 100 lists and mappings"),
+        ({"name": 3}, "name = 3: is not a text"),
+        ({"name": "g1", "resume": "g1"}, "name: has no effect with resume"),
+        ({"resume": Path("g1")}, "resume = PosixPath('g1'): is not a text"),
+        ({"retry_failed": "no"}, "retry_failed = 'no': is not True or False"),
+        ({"warm_start": "g1"}, "warm_start = 'g1': is not a list of names"),
+        ({"warm_start": [1]}, "warm_start = 1: is not a text"),
+        ({"workers": None}, "workers = None: is not a whole number"),
+        ({"cpus_per_trial": None}, "cpus_per_trial = None: is not a number"),
+        ({"out": None}, "out = None: is not a path"),
+        ({"out": "a\0b"}, "'a\\x00b': a path cannot have the character \\0"),
+        ({"space": 3}, "space = 3: is not a path"),
+        ({"address": 6379}, "address = 6379: is not a text"),
+        ({"data": 3}, "data: is not a pair of pairs"),
+        ({"data": "x" * 300}, "is too long for a path"),
+        (
+            {"data": {"train": (torch.zeros(2, requires_grad=True), [0, 1]), "test": (1, 2)}},
+            "data['train']: is not a pair (x, y) of arrays: Can't call numpy()",
+        ),
     ],
 )
 def test_a_wrong_request_is_an_error_of_one_line_and_starts_nothing(
     arguments: dict[str, Any], line: str, workdir: Path
 ) -> None:
     with pytest.raises(raysweep.RaysweepError) as caught:
-        raysweep.tune("at", **arguments)
+        raysweep.tune(**{"method": "at", **arguments})
     assert isinstance(caught.value, SpecError)
     (problem,) = caught.value.problems
     assert line in problem

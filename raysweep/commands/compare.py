@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +99,7 @@ def _save_figure(request: CompareRequest, comparison: RunComparison) -> Path | N
     from raysweep.atomic_files import atomic_open
     from raysweep.errors import describe_os_error
 
-    names = [re.sub(r"[^\w.-]+", "-", name).strip("-") for name in request.names]
-    file_name = f"{'-vs-'.join(names)[:_MAX_FIGURE_NAME]}.png"
-    file = request.out.resolve() / "runs" / _FIGURES_FOLDER / file_name
+    file = request.out.resolve() / "runs" / _FIGURES_FOLDER / _choose_figure_name(request.names)
     try:
         with atomic_open(file) as stream:
             comparison.plot().savefig(stream, format="png", dpi=_FIGURE_DPI)
@@ -107,6 +107,15 @@ def _save_figure(request: CompareRequest, comparison: RunComparison) -> Path | N
         logger.warning("no figure: %s", describe_os_error(error))
         return None
     return file
+
+
+def _choose_figure_name(names: Sequence[str]) -> str:
+    """Choose a file name of at most 100 bytes and an ending that differs for other names."""
+    text = "-vs-".join(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names)
+    if len(text.encode()) > _MAX_FIGURE_NAME:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = text.encode()[: _MAX_FIGURE_NAME - 9].decode(errors="ignore") + f"-{digest}"
+    return f"{text}.png"
 
 
 def _print_table(comparison: RunComparison) -> None:

@@ -1,5 +1,6 @@
 """What surrounds the work of a command, on the command line and in Python programs."""
 
+import errno
 import logging
 import os
 import sys
@@ -16,12 +17,14 @@ from raysweep.errors import (
     ExitCode,
     InfrastructureError,
     RaysweepError,
+    SpecError,
     WorkInterrupted,
     describe_os_error,
     get_first_line,
     is_infrastructure_error,
 )
 from raysweep.file_privacy import private_files
+from raysweep.formatting import shorten_value
 from raysweep.logs import command_log
 from raysweep.output_streams import OutputClosed
 from raysweep.user_folders import provide_library_folders
@@ -141,6 +144,8 @@ def find_expected_error(error: BaseException, command: str) -> RaysweepError | N
         return InfrastructureError(
             f"`raysweep {command}` needs {title}, which is not installed: {install}"
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return SpecError(f"{shorten_value(str(error.filename))}: is too long for a path")
     if isinstance(error, OSError) and is_infrastructure_error(error):
         return InfrastructureError(describe_os_error(error))
     if isinstance(error, Exception) and is_disk_full_error(error):

@@ -66,8 +66,10 @@ def _name_splits(arrays: ImageArrays) -> dict[str, Any]:
             found = ", ".join(map(repr, arrays)) or "nothing"
             raise SpecError(f"data: has {found}; {_EXPECTED}")
         return {name: arrays[name] for name in _SPLIT_NAMES}
-    is_pair_of_pairs = len(arrays) == 2 and all(
-        isinstance(pair, Sequence) and len(pair) == 2 for pair in arrays
+    is_pair_of_pairs = (
+        isinstance(arrays, Sequence)
+        and len(arrays) == 2
+        and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in arrays)
     )
     if not is_pair_of_pairs:
         raise SpecError(f"data: is not a pair of pairs; {_EXPECTED}")
@@ -79,7 +81,7 @@ def _unpack_pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
     try:
         x, y = pair
         return np.asarray(x), np.asarray(y)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"data[{name!r}]: is not a pair (x, y) of arrays: {error}") from error
 
 
