@@ -263,6 +263,9 @@ def log_evaluation(tracker: Tracker, record: EvaluationRecord, folder: Path) -> 
 
     Returns:
         Id of the run in which they were logged.
+
+    Raises:
+        RecordStoreUnavailable: The store does not answer, or refuses a record.
     """
     run_id = record.run_id or (tracker.find_run(record.run_tags) if record.run_tags else None)
     has_own_run = run_id is None

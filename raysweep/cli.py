@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse_windows() -> int:
-    """Say that Windows has not what raysweep is built on: its file locks, signals and forks."""
+    """Print that Windows lacks the file locks, signals and forks that raysweep needs."""
     _print_error(
         InfrastructureError(
             "raysweep runs on Linux and macOS; on Windows, install and run it in WSL"

@@ -97,7 +97,7 @@ def describe_needed_space(needed_bytes: int, folder: Path | None, prefix_bytes: 
     """
     line = f"checkpoints take about {format_bytes(needed_bytes)}"
     if prefix_bytes:
-        line += f", and epochs kept for other trials up to {format_bytes(prefix_bytes)}"
+        line += f", and states that trials share up to {format_bytes(prefix_bytes)}"
     if folder is None:
         return line
     return f"{line}; the disk of {folder} has {format_bytes(find_free_bytes(folder))} free"

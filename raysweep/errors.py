@@ -74,9 +74,9 @@ class RaysweepError(Exception):
         super().__init__("\n".join(self.problems))
 
     def _clean_problem(self, problem: str) -> str:
-        """Return a problem without secrets, and without what a stranger's file may hide in names.
+        """Return a problem without secrets, control characters and overlong values.
 
-        That is line breaks, commands of terminals, and values of thousands of characters.
+        Names and values in it may come from files of strangers.
         """
         shown = show_characters(redact_secrets(problem), line_breaks=self.has_long_problems)
         return shown if self.has_long_problems else shorten_line(shown)

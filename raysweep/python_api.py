@@ -1,7 +1,7 @@
 """Run sweeps, trainings and pipelines from Python: `raysweep.tune`, `train` and `run`.
 
 Each function builds the request of the command of its name and runs it as the command line does. It
-prints progress, no result; errors are raised.
+prints progress but not the result, and raises errors.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class FinishedStageInfo:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a run of a pipeline made.
+    """Result of a run of a pipeline.
 
     Attributes:
         name: Name of the pipeline.
@@ -141,9 +141,9 @@ def tune(
 
     Args:
         method: Name of the method, such as `gairat`; not needed with `space` or `resume`.
-        data: Name of a data set (`digits`); folder of one; or arrays of images, {"train": (x, y),
+        data: Name of a data set (`digits`); its folder; or arrays of images, {"train": (x, y),
             "test": (x, y)}, which are written below `runs/.arrays` (see `write_array_folder`). None
-            for what `settings`, the space or the default say.
+            for the data set of `settings`, of the space, or the default.
         trials: Number of trials, at least 1; None for that of the space.
         settings: {dotted path: value} of settings, as with `--set`: training settings such as
             `epochs` or `*.eps`, and settings of the sweep such as `finalists`.
@@ -177,14 +177,14 @@ def tune(
         WorkFailed: The sweep failed, or no trial has a result and some failed.
         WorkInterrupted: The sweep was interrupted; it can be resumed.
     """
-    with _session("tune", locals(), verbose):
+    with _function_session("tune", locals(), verbose):
         if name is not None and resume is not None:
             raise SpecError("name: has no effect with resume, which names the sweep; leave one out")
         for warm_start_name in warm_start:
             check_argument_type("warm_start", warm_start_name, *_TEXT)
         _check_range("trials", trials, 1)
         _check_range("workers", workers, 1)
-        _check_range("max_seconds", max_seconds, 0, is_open=True)
+        _check_range("max_seconds", max_seconds, 0, excludes_least=True)
         for option, amount in (
             ("max_gpu_hours", max_gpu_hours),
             ("cpus_per_trial", cpus_per_trial),
@@ -263,7 +263,7 @@ def train(
         WorkFailed: The training failed.
         WorkInterrupted: It was interrupted; the same call resumes it.
     """
-    with _session("train", locals(), verbose):
+    with _function_session("train", locals(), verbose):
         code_file = _open_code(code)
         ended = run_train_request(
             TrainRequest(
@@ -319,7 +319,7 @@ def run(
         WorkFailed: A stage failed.
         WorkInterrupted: It was interrupted; the same call resumes it.
     """
-    with _session("run", locals(), verbose):
+    with _function_session("run", locals(), verbose):
         code_file = _open_code(code)
         ended = run_pipeline_request(
             RunRequest(
@@ -339,8 +339,8 @@ def run(
 
 
 @contextmanager
-def _session(command: str, arguments: Mapping[str, Any], verbose: bool) -> Iterator[None]:
-    """Context manager for the work of a function: that of the command of its name.
+def _function_session(command: str, arguments: Mapping[str, Any], verbose: bool) -> Iterator[None]:
+    """Context manager for the work of a function, logged as the command of its name.
 
     Raises:
         SpecError: An argument has a wrong type.
@@ -361,18 +361,20 @@ def _session(command: str, arguments: Mapping[str, Any], verbose: bool) -> Itera
         yield
 
 
-def _check_range(name: str, value: float | None, least: float, *, is_open: bool = False) -> None:
+def _check_range(
+    name: str, value: float | None, least: float, *, excludes_least: bool = False
+) -> None:
     """Raise SpecError if a number is below its least value, or equal to it if that is excluded."""
     if value is None:
         return
-    if not math.isfinite(value) or value < least or (is_open and value == least):
+    if not math.isfinite(value) or value < least or (excludes_least and value == least):
         kind = _ARGUMENT_TYPES[name][1]
-        limit = f"above {least:g}" if is_open else f"of at least {least:g}"
+        limit = f"above {least:g}" if excludes_least else f"of at least {least:g}"
         raise SpecError(f"{name} = {shorten_value(value)}: is not {kind} {limit}")
 
 
 def _open_code(code: Code | None) -> CodeFile | None:
-    """Open the user's file with a network."""
+    """Open the user's file with a network, or the file of its function; None without one."""
     if code is None:
         return None
     if callable(code):

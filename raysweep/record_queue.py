@@ -1,4 +1,4 @@
-"""Write records to a store that may be slow or out of order, such as MLflow's.
+"""Write records to a store that may be slow or may not answer, such as MLflow's.
 
 A thread writes them, so that the work never waits for the store. The work never depends on such
 records: its own folder has everything that they are made of.
@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 # Seconds after a failed attempt in which no other is made, at least, and in relation to the seconds
 # that it took: a store that hangs costs at most a tenth of the time.
 _MIN_PAUSE, _PAUSE_FACTOR = 10.0, 9.0
-# Seconds between two rounds of writing, at least, and in relation to the last round. Records that
-# come meanwhile share a request, and the work keeps most of the interpreter's time.
+# Shortest pause in seconds between two rounds of writing, and its length in relation to the last
+# round. Records that come meanwhile share a request, and the work keeps most of the interpreter's
+# time.
 _MIN_REST, _REST_FACTOR = 0.5, 2.0
 # Seconds that the end of the work waits for its records, by default.
 _FLUSH_SECONDS = 60.0
@@ -76,7 +77,7 @@ class RecordQueue:
         return len(self._waiting)
 
     def write(self, record: Callable[[], object]) -> None:
-        """Have a record written after those that wait. Returns at once.
+        """Add a record to those that wait to be written. Returns at once.
 
         Args:
             record: Writes it, in the queue's thread. It raises RecordStoreUnavailable if the store
@@ -152,7 +153,7 @@ class RecordQueue:
         return n_missing
 
     def discard(self) -> None:
-        """Forget the records that wait, and end the thread."""
+        """Drop the records that wait, and end the thread."""
         with self._changed:
             self._waiting.clear()
             self._n_lost = 0
@@ -160,7 +161,7 @@ class RecordQueue:
             self._changed.notify_all()
 
     def _write_records(self) -> None:
-        """Write records in rounds, until this thread is no more the queue's writer."""
+        """Write records in rounds, until this thread is no longer the queue's writer."""
         this_thread = threading.current_thread()
         while True:
             with self._changed:

@@ -46,10 +46,8 @@ from raysweep.training.selection import CHANCE_LIMIT_METRIC, find_best_epoch
 from raysweep.user_folders import expand_home
 
 if TYPE_CHECKING:
-    from torch import nn
-
-if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
 
 RunState = Literal["finished", "running", "interrupted", "failed"]
@@ -266,7 +264,7 @@ class Sweep:
 
     @property
     def repeats(self) -> RepeatSummary | None:
-        """What further seeds say of the best trials; None if no trial was repeated.
+        """What further seeds show about the best trials; None if no trial was repeated.
 
         Raises:
             DamagedFileError: A trial's file is damaged.
@@ -511,7 +509,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         ended before its last trial ("told-apart", "flat"), or None (`ended_early`); which
         trials cannot be told apart (see `SpreadSummary`), or None; whether the best one beats the
         base method (see `BaseComparison`), or None, and the base runs; advice on the
-        best trial; what further seeds say of the best trials (see `RepeatSummary`), or None
+        best trial; what further seeds show (see `RepeatSummary`), or None
         (`seeds`), and the repeats; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()

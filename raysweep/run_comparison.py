@@ -96,11 +96,11 @@ class RunPair:
     Attributes:
         first: Title of the first model.
         second: Title of the second model.
-        attack: What the verdicts are those of: "AutoAttack", or the name of the objective.
+        attack: What decided which examples are correct: "AutoAttack", or the name of the objective.
         n_examples: Number of validation examples.
         difference: Accuracy of the first minus that of the second, with its interval.
-        n_comparisons: Number of comparisons of which all intervals together are right with 95%
-            confidence: it grows with the trials from which a best one was chosen.
+        n_comparisons: Number of intervals that hold together with 95% confidence (Bonferroni). It
+            grows with the number of trials from which the best one was chosen.
     """
 
     first: str
@@ -317,8 +317,8 @@ def compare(
     groups = [run.scores for run in runs]
     groups += [scores for run in runs if (scores := _stack_base_runs(run.sweep)) is not None]
     training_variance = estimate_training_variance(groups)
-    couples = list(itertools.combinations(runs, 2))
-    pairs = [_compare_pair(*couple, len(couples), training_variance) for couple in couples]
+    combinations = list(itertools.combinations(runs, 2))
+    pairs = [_compare_pair(*two, len(combinations), training_variance) for two in combinations]
     base_rows = []
     for run in runs:
         if run.sweep is not None and (row := _average_base_runs(run.sweep)) is not None:
@@ -353,17 +353,17 @@ def _load_training_run(name: str, path: StorePath) -> ComparedRun:
     if run.config is None or verdicts is None:
         raise _make_missing_verdicts_error(name, has_result=run.config is not None)
     return ComparedRun(
-        name,
-        f"{run.config.method.name}, training run",
-        path,
-        run.config,
-        run.best,
-        1,
-        verdicts,
-        verdicts.mask.astype(float)[None],
-        None,
-        _read_fingerprint(path),
-        None,
+        name=name,
+        label=f"{run.config.method.name}, training run",
+        path=path,
+        config=run.config,
+        metrics=run.best,
+        n_choices=1,
+        verdicts=verdicts,
+        scores=verdicts.mask.astype(float)[None],
+        autoattack_scores=None,
+        data_fingerprint=_read_fingerprint(path),
+        sweep=None,
     )
 
 
@@ -394,17 +394,17 @@ def _load_trial(name: str, found: FoundRun, ledger: Ledger) -> ComparedRun:
     seeds = f", {len(scores)} seeds" if len(scores) > 1 else ""
     objective = verdicts.metric
     return ComparedRun(
-        name,
-        f"{config.method.name}, {trial.title}{seeds}",
-        ledger.run_path(trial),
-        config,
-        {**trial.best, objective: trial.score(objective)},
-        n_choices,
-        verdicts,
-        scores,
-        stack_verdicts(trial.trainings, is_autoattack=True),
-        _read_fingerprint(ledger.run_path(trial)),
-        ledger if found.run_kind is None else None,
+        name=name,
+        label=f"{config.method.name}, {trial.title}{seeds}",
+        path=ledger.run_path(trial),
+        config=config,
+        metrics={**trial.best, objective: trial.score(objective)},
+        n_choices=n_choices,
+        verdicts=verdicts,
+        scores=scores,
+        autoattack_scores=stack_verdicts(trial.trainings, is_autoattack=True),
+        data_fingerprint=_read_fingerprint(ledger.run_path(trial)),
+        sweep=ledger if found.run_kind is None else None,
     )
 
 
@@ -427,21 +427,23 @@ def _require_comparable(first: ComparedRun, other: ComparedRun) -> None:
     names = f"compare {first.name} {other.name}"
     if first.data_fingerprint != other.data_fingerprint:
         data = [f"{run.config.data.name} ({run.data_fingerprint})" for run in (first, other)]
-        raise SpecError(f"{names}: have different data: {data[0]} and {data[1]}")
+        raise SpecError(f"{names}: they have different data: {data[0]} and {data[1]}")
     threats = [run.config.validation.threat for run in (first, other)]
     models = [run.config.validation.find_threat_model() for run in (first, other)]
     if models[0] != models[1]:
-        raise SpecError(f"{names}: have different threat models: {threats[0]} and {threats[1]}")
+        raise SpecError(
+            f"{names}: they have different threat models: {threats[0]} and {threats[1]}"
+        )
     if _find_common_scores(first, other) is not None:
         return
     if first.verdicts.examples != other.verdicts.examples:
         raise SpecError(
-            f"{names}: were validated on different images: set data.val_size, data.split_seed and "
-            "validation.size alike"
+            f"{names}: they were validated on different images: set data.val_size, "
+            "data.split_seed and validation.size alike"
         )
     if first.verdicts.metric != other.verdicts.metric:
         metrics = f"{first.verdicts.metric} and {other.verdicts.metric}"
-        raise SpecError(f"{names}: have different objectives: {metrics}")
+        raise SpecError(f"{names}: they have different objectives: {metrics}")
     settings = [_flatten_attacks(run.config) for run in (first, other)]
     path = next(
         path
@@ -449,7 +451,9 @@ def _require_comparable(first: ComparedRun, other: ComparedRun) -> None:
         if settings[0].get(path) != settings[1].get(path)
     )
     values = " and ".join(str(setting.get(path, "nothing")) for setting in settings)
-    raise SpecError(f"{names}: were validated by different attacks: validation.{path} = {values}")
+    raise SpecError(
+        f"{names}: they were validated by different attacks: validation.{path} = {values}"
+    )
 
 
 def _flatten_attacks(config: TrainingConfig) -> dict[str, object]:
@@ -463,10 +467,10 @@ def _flatten_attacks(config: TrainingConfig) -> dict[str, object]:
 def _find_common_scores(
     first: ComparedRun, second: ComparedRun
 ) -> tuple[FloatArray, FloatArray, bool] | None:
-    """Return the scores under AutoAttack if both runs have them, else those of the objective.
+    """Return the scores of both runs, and whether they are those under AutoAttack.
 
-    Also whether they are those of AutoAttack. None if the runs were not measured on the same
-    examples by the same attacks.
+    They are if both runs have them, else those of the objective. None if the runs were not measured
+    on the same examples by the same attacks.
     """
     if first.verdicts.examples != second.verdicts.examples:
         return None
@@ -487,7 +491,7 @@ def _compare_pair(
     common = _find_common_scores(first, second)
     assert common is not None
     first_scores, second_scores, is_autoattack = common
-    # The best of several trials is one of as many pairs as there are with the other's trials.
+    # Each best trial was chosen: the pair is one of all pairs of the trials of both sweeps.
     n_comparisons = n_pairs * first.n_choices * second.n_choices
     return RunPair(
         first.title,

@@ -44,6 +44,6 @@ def read_unrecorded(
 
 
 def clear_unrecorded(folder: Location) -> None:
-    """Note that MLflow has all records of a folder."""
-    # The lease of the folder may have ended with the work.
+    """Delete the note of a folder, because MLflow has all its records."""
+    # Opened anew by its name: the lease of the given path may have ended with the work.
     (open_path(str(folder)) / UNRECORDED_FILE).delete()

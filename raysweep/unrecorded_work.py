@@ -9,6 +9,7 @@ from typing import Any, Literal
 from raysweep.checkpoint_evaluation import EvaluationRecord, log_evaluation
 from raysweep.data import DatasetSplits, load_data
 from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease, hold_pipeline_lock, is_folder_in_use
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.facts import ReportFacts
@@ -67,7 +68,7 @@ class UnrecordedWork:
 
 
 def list_unrecorded_work(out: Path, runs_folder: StorePath) -> list[UnrecordedWork]:
-    """List the work of which MLflow lacks records, without that which is under way.
+    """List the work of which MLflow lacks records, except for sweeps and runs in progress.
 
     Args:
         out: Output folder, which has the pipelines.
@@ -105,7 +106,7 @@ def _list_noted_folders(roots: Iterable[StorePath], patterns: Iterable[str]) -> 
 
 
 def record_work(work: UnrecordedWork, tracker: Tracker) -> None:
-    """Write the records of one piece of work that MLflow lacks, however long that takes.
+    """Write to MLflow the records that it lacks of one piece of work, without a time limit.
 
     Args:
         work: The work.
@@ -125,7 +126,7 @@ def record_work(work: UnrecordedWork, tracker: Tracker) -> None:
     else:
         _record_pipeline(work.folder, tracker, records)
     if n_missing := records.finish("; run `raysweep sync` again"):
-        raise InfrastructureError(f"{work.title}: MLflow lacks {n_missing} records")
+        raise InfrastructureError(f"{work.title}: MLflow lacks {format_count(n_missing, 'record')}")
 
 
 def _record_sweep(folder: StorePath, tracker: Tracker, records: RecordQueue) -> None:
@@ -168,7 +169,7 @@ def _record_training_run(folder: StorePath, tracker: Tracker, records: RecordQue
 
 
 def _load_data(config: TrainingConfig, fingerprint: str | None) -> DatasetSplits | None:
-    """Load the data of a training; None if they are not here any more."""
+    """Load the data of a training; None if they are missing or have changed."""
     try:
         dataset = load_data(config.data)
     except RaysweepError as error:

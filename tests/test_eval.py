@@ -200,7 +200,7 @@ def test_sync_writes_the_evaluation_that_a_killed_command_left_out(
     )
     capsys.readouterr()
     assert main(["sync", name]) == 0
-    assert capsys.readouterr().out == f"MLflow has evaluation {name}/{folder.name}\n"
+    assert capsys.readouterr().out == f"MLflow has all records of evaluation {name}/{folder.name}\n"
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     tags = checkpoint_run_tags(load_checkpoint_target(trained_run, {}).checkpoint)
     (run,) = client.search_runs(

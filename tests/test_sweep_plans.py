@@ -532,7 +532,7 @@ def test_a_plan_in_words(
         "about 9 epochs in all (12 without early stopping): 27.0 s of trials, 13.5 s from",
         "    start to end",
         # 12 states, where the three trials keep two each.
-        "checkpoints take about 4 MiB, and epochs kept for other trials up to 8 MiB",
+        "checkpoints take about 4 MiB, and states that trials share up to 8 MiB",
     ]
 
 

@@ -286,7 +286,7 @@ def test_a_sweep_whose_server_is_killed_has_all_of_it_later(
     before = list_runs(server.database_uri)
     assert before["s1"].info.status == "RUNNING" and "0001 s1" not in before
     assert main(["sync"]) == 0
-    assert capsys.readouterr().out == "MLflow has sweep s1\n"
+    assert capsys.readouterr().out == "MLflow has all records of sweep s1\n"
     assert main(["sync", "s1"]) == 0 and capsys.readouterr().out == "MLflow lacks nothing\n"
     runs = list_runs(server.database_uri)
     for number in range(3):

@@ -143,7 +143,7 @@ class EndedPipeline:
         out: Folder of `runs` and `mlflow.db`.
         finished: Its stages in their order, with their artifacts, and whether an earlier run had
             made them.
-        regressions: Lines of the reports about results that are worse than earlier ones.
+        regressions: One line of a report for each result that is worse than an earlier one.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What surrounds the work of a command, on the command line and in Python programs."""
+"""The log, the private files and the errors of a command, on the command line and in Python."""
 
 import errno
 import logging

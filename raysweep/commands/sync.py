@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "write to MLflow what it lacks after an outage or a killed driver"
 DESCRIPTION = (
-    "Work never waits for MLflow. What an outage, a killed driver or a store that is too slow left "
-    "out is written by this command, from the files of the work: sweeps, training runs, "
-    "evaluations and reports of pipelines. Nothing is trained or attacked. Without names it writes "
-    "all that MLflow lacks."
+    "Work never waits for MLflow, so an outage, a killed driver or a slow store may leave records "
+    "out. This command writes them from the files of sweeps, training runs, evaluations and "
+    "pipelines. It trains and attacks nothing. Without names it writes all that MLflow lacks."
 )
 EXAMPLES = ("raysweep sync", "raysweep sync g1", "raysweep sync digits --storage s3://lab/sweeps")
 
@@ -96,7 +95,8 @@ def run_command(args: argparse.Namespace) -> None:
     if request.as_json:
         print(json.dumps({"written": [work.title for work in works]}, indent=1))
     else:
-        print("\n".join(f"MLflow has {work.title}" for work in works) or "MLflow lacks nothing")
+        lines = [f"MLflow has all records of {work.title}" for work in works]
+        print("\n".join(lines) or "MLflow lacks nothing")
 
 
 def _check_names(

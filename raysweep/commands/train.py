@@ -122,7 +122,7 @@ class EndedTraining:
     Attributes:
         config: Its config.
         run_folder: Its folder.
-        tracker: Where its records are.
+        tracker: MLflow client with its records.
         result: Its checkpoints.
         advice: Notes on conspicuous metrics.
     """

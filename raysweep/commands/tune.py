@@ -286,7 +286,7 @@ class EndedSweep:
 
     Attributes:
         ledger: The sweep.
-        tracker: Where its records are.
+        tracker: MLflow client with its records.
         end_reason: Why the call ended.
     """
 
@@ -327,7 +327,7 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     """Check everything that the sweep needs, before it starts; workers start meanwhile."""
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.sweep.ledger import Ledger
-    from raysweep.sweep.worker_server import prepare_workers
+    from raysweep.sweep.worker_server import prestart_worker_server
 
     runs_folder = resolve_runs_folder(
         request.out, request.storage, for_writing=not request.plan_only
@@ -344,7 +344,7 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     )
     needs_workers = not request.plan_only and not is_finished
     # Its imports take seconds, as do those of this process: the data, PyTorch, Ray.
-    with prepare_workers(request.address) if needs_workers else nullcontext():
+    with prestart_worker_server(request.address) if needs_workers else nullcontext():
         dataset = _load_dataset(request, space, resumed_ledger)
         warm_start = _collect_warm_start(request, space, dataset, runs_folder)
         if warm_start is not None:

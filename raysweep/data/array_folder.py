@@ -32,13 +32,13 @@ def write_array_folder(arrays: ImageArrays, parent: Path) -> Path:
     """Write training and test images, unless the same ones have been written there before.
 
     Args:
-        arrays: Images and labels of both parts (see `ImageArrays`), as NumPy arrays, tensors of the
-            CPU or lists: `x` (N, C, H, W) uint8 in 0..255, or (N, H, W, C) where the numbers of
-            channels leave no doubt; `y` (N,) integers from 0.
+        arrays: Images and labels of both parts (see `ImageArrays`), as NumPy arrays, CPU
+            tensors or lists: `x` (N, C, H, W) uint8 in 0..255, or (N, H, W, C) if the shape shows
+            which axis has the channels; `y` (N,) integers from 0.
         parent: Folder of the data sets of arrays; created if it is missing.
 
     Returns:
-        Its folder for these images, with `train.npz` and `test.npz`; named by their content.
+        The folder of these images, named by their content, with `train.npz` and `test.npz`.
 
     Raises:
         SpecError: A part is missing, or is not such images with one label each.

@@ -108,11 +108,11 @@ def estimate_training_variance(groups: Iterable[FloatArray]) -> float:
     """Estimate how much the randomness of training changes the accuracy of one model.
 
     It is the variance between models of equal settings that the choice of the examples does not
-    explain, averaged over the groups by their degrees of freedom.
+    explain, averaged over the groups with their degrees of freedom as weights.
 
     Args:
-        groups: For each settings the scores of its models, which differ in their seeds, (M, N). Of
-            a group with one model nothing is learnt.
+        groups: Scores of models that differ only in their seeds, (M, N), one array for each
+            settings. Arrays with one model are ignored.
 
     Returns:
         The variance, 0 or more; 0 if no group has two models.
@@ -120,12 +120,12 @@ def estimate_training_variance(groups: Iterable[FloatArray]) -> float:
     repeated = [scores for scores in groups if len(scores) > 1]
     if not repeated:
         return 0.0
-    excess, freedom = 0.0, 0
+    excess, degrees_of_freedom = 0.0, 0
     for scores in repeated:
         spread = statistics.variance(scores.mean(1).tolist())
         excess += (len(scores) - 1) * (spread - estimate_measurement_variance(scores))
-        freedom += len(scores) - 1
-    return max(0.0, excess / freedom)
+        degrees_of_freedom += len(scores) - 1
+    return max(0.0, excess / degrees_of_freedom)
 
 
 def estimate_measurement_variance(scores: FloatArray) -> float:

@@ -311,9 +311,9 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     first. Candidates that were validated on the test images come last: their scores are too high.
 
     Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
-    candidates are of sweeps without finalists, all are compared by the objective, and then the
-    trials of each sweep take their places in the order of the sweep. So do those of a sweep that
-    repeated its best trials.
+    candidates are of sweeps without finalists, all are compared by the objective; the trials of one
+    sweep with finalists then keep the order of their sweep among each other. So do those of a sweep
+    that repeated its best trials.
 
     Args:
         candidates: Candidates of any stages.

@@ -412,8 +412,8 @@ def run_pipeline(
         )
         context.storage = runs_folder
         first_index = find_first_repeated_stage(first_stage, pipeline, folder)
-        context.records_again = read_unrecorded(folder) is not None
-        if context.records_again:
+        context.has_missing_records = read_unrecorded(folder) is not None
+        if context.has_missing_records:
             context.print_line(
                 "MLflow lacks records of an earlier run: they are written from its results"
             )

@@ -222,8 +222,8 @@ class StageContext:
         stage_number: Position of the current stage, from 0.
         stage_digest: Digest of the current stage.
         storage: Folder of all sweeps and training runs, which artifacts may refer to besides `out`.
-        records_again: Whether MLflow lacks records of an earlier run, so that sweeps that have
-            ended are recorded again.
+        has_missing_records: Whether MLflow lacks records of an earlier run, so that ended sweeps
+            are recorded again.
         first_unrecorded_stage: Position of the first stage of which records wait for MLflow.
     """
 
@@ -238,7 +238,7 @@ class StageContext:
     stage_number: int = 0
     stage_digest: str = ""
     storage: StorePath | None = None
-    records_again: bool = False
+    has_missing_records: bool = False
     first_unrecorded_stage: int | None = None
     _datasets: dict[str, DatasetSplits] = field(default_factory=dict)
 

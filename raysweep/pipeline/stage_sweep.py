@@ -160,7 +160,7 @@ def run_stage_sweep(
         with delete_if_refused(ledger) if is_new else nullcontext():
             if has_work_left:
                 context.connect_cluster()
-            if has_work_left or context.records_again:
+            if has_work_left or context.has_missing_records:
                 config = space.trial_config({})
                 end_reason = _run_trials(context, ledger, config, Resources(cpus, gpus), max_hours)
     if end_reason == "interrupted":

@@ -19,7 +19,7 @@ from raysweep.user_folders import find_cache_folder
 _MAX_BYTES = 50 * 2**30
 # A copy may be evicted this number of seconds after its last use.
 _EVICTION_MIN_AGE = 3600.0
-# File with about the bytes of all copies: to read the size of each takes 0.2 s for a thousand.
+# File with the approximate size of all copies: adding up a thousand of them takes 0.2 s.
 _TOTAL_FILE = ".bytes"
 
 

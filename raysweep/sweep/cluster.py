@@ -35,7 +35,7 @@ from raysweep.sweep.ray_internals import (
     hide_lost_process_messages,
     listen_on_loopback,
     silence_authentication_log,
-    start_workers_by,
+    use_worker_script,
 )
 from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
 from raysweep.termination_signals import handle_termination_signals
@@ -118,7 +118,7 @@ def _start_or_join(address: str, n_cpus: int | None, source: str, workers: ExitS
             logger.info("starting Ray on this machine")
             if can_fork_workers():
                 workers.enter_context(run_worker_server(folder.parent))
-                start.enter_context(start_workers_by(Path(worker_server.__file__)))
+                start.enter_context(use_worker_script(Path(worker_server.__file__)))
             _initialize_ray(
                 address="local", num_cpus=n_cpus or joblib.cpu_count(), _temp_dir=str(folder)
             )

@@ -243,8 +243,8 @@ def listen_on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def start_workers_by(script: Path) -> Iterator[None]:
-    """Make the nodes that are started in this block run a script of ours for each worker.
+def use_worker_script(script: Path) -> Iterator[None]:
+    """Context manager: nodes that start in this block run this script for each worker.
 
     Args:
         script: Absolute path of a Python file, in place of Ray's own.

@@ -45,7 +45,7 @@ def plan_repeats(
 
     Args:
         space: The sweep's search space.
-        trials: Its trials, ordered by number. Those that have ended and may be chosen can be
+        trials: Its trials, ordered by number. Those that have ended and are eligible can be
             leaders.
         repeats: The repeats that were ever started.
         rank: Returns the rank of a trial or repeat by the objective, as the mean over its seeds.

@@ -1,4 +1,4 @@
-"""What further seeds say of the best trials of a sweep (see `SearchSpace.repeat`)."""
+"""What further seeds show about the best trials of a sweep (see `SearchSpace.repeat`)."""
 
 from dataclasses import dataclass, replace
 
@@ -69,7 +69,7 @@ def summarize_repeats(ledger: Ledger) -> RepeatSummary | None:
 
 
 def describe_repeats(ledger: Ledger) -> list[str]:
-    """Describe in lines what further seeds say of the best trials.
+    """Describe in lines what further seeds show about the best trials.
 
     Args:
         ledger: The sweep.

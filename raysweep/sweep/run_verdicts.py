@@ -10,7 +10,7 @@ def stack_verdicts(runs: Sequence[Trial], is_autoattack: bool = False) -> "np.nd
     """Return which validation examples each of several runs gets right.
 
     Args:
-        runs: Trials, repeats or base runs, one or more. Repeats of the trials are not looked at.
+        runs: Trials, repeats or base runs, one or more. Repeats of these trials are ignored.
         is_autoattack: Whether to return the verdicts of AutoAttack; else those of the objective.
 
     Returns:

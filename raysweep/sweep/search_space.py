@@ -323,10 +323,11 @@ class SearchSpace(Spec):
     not ranked among the trials. 0: none. null: 2 in a new sweep of a method that has a base method;
     none in a sweep of an earlier version."""
     repeat: Annotated[int, Field(ge=0, le=8)] = 0
-    """Largest number of seeds of a leader, R. When all trials have ended, the best 2^(R - 1) are
-    trained again with a second seed, the better half of them with a third, and so on, until R seeds
-    or until one is told apart from the others. Trials with more seeds rank above the others, by the
-    mean over their seeds. For 3, this takes 4 + 2 trainings with all epochs. 0 or 1: none."""
+    """Largest number of seeds R for the best trials. When all trials have ended, the best 2^(R - 1)
+    are trained again with a second seed, the better half of them with a third, and so on until R
+    seeds, or until the best one is told apart from the others. Trials with more seeds rank above
+    the others, by the mean over their seeds. 3 takes 4 + 2 trainings with all epochs. 0 or 1: no
+    repeats."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = DEFAULT_PREFIX_GIB
@@ -755,7 +756,7 @@ class SearchSpace(Spec):
             )
 
     def find_repeat_problems(self) -> Iterator[str]:
-        """Yield a line if there are no leaders, or no seeds that they lack."""
+        """Yield a line if `repeat` is set with several metrics, or where `seed` is searched."""
         if self.repeat < 2:
             return
         if len(self.objectives) > 1:

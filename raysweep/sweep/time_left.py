@@ -7,8 +7,8 @@ from raysweep.sweep.plan import expected_trial_epochs
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.trial import Trial
 
-# Ended trials from which their mean number of epochs is believed more than the rule of ASHA. The
-# first to end are the ones that are stopped early.
+# From this number of ended trials on, their mean number of epochs replaces what the rule of ASHA
+# predicts. With fewer it would be too low: the first to end are those that are stopped early.
 _MIN_ENDED_TRIALS = 8
 
 

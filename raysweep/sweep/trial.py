@@ -66,7 +66,7 @@ class Trial:
             has ended; else None.
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
-        kind: What it is. Its folder says so.
+        kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
     """
@@ -109,6 +109,7 @@ class Trial:
 
     @property
     def _folder_name(self) -> str:
+        """Last part of `folder`."""
         seed = f"-seed-{self.params.get('seed')}" if self.kind == "repeat" else ""
         return f"{self.number:04d}{seed}"
 
@@ -349,7 +350,7 @@ def identify_run_folder(folder: StorePath) -> tuple[RunKind, str] | None:
     """Return the kind and the key of the run whose folder this is; None for other folders.
 
     Args:
-        folder: Any folder. Whether its sweep exists is not looked at.
+        folder: Any folder. Its sweep need not exist.
     """
     for kind, name in _FOLDERS.items():
         if folder.parent.name == name and _FOLDER_NAME.fullmatch(folder.name):

@@ -272,8 +272,8 @@ class LedgerCallback(tune.Callback):
             },
         )
 
-    def expect_other_runs(self) -> None:
-        """Begin to count the rounds of Tune anew: the next one is the first of other runs."""
+    def reset_round_count(self) -> None:
+        """Count the rounds of Tune from 0 again, because the next one trains other runs."""
         self._n_rounds = 0
 
     def start_round_if_needed(self) -> bool:

@@ -336,7 +336,7 @@ def _run_rounds(
             if not keys & tried_keys:
                 if ledger_callback.update_limit_reached():
                     return
-                ledger_callback.expect_other_runs()
+                ledger_callback.reset_round_count()
             if not ledger_callback.start_round_if_needed():
                 return
             tried_keys |= keys

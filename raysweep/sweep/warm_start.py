@@ -81,8 +81,8 @@ class WarmStart:
         Returns:
             Those that are possible in the space. If they are more than the sampler can take
             (`Sampler.max_earlier_results`), the better half of that number are the best, and the
-            others are spread evenly over the ranks of the rest: a model that is told the best only
-            knows nothing of the regions that are bad.
+            others are spread evenly over the ranks of the rest: a model of the best
+            results alone knows nothing about the bad regions.
         """
         results = [result for result in self.results if result.is_possible_in(space)]
         limit = space.sampler.max_earlier_results

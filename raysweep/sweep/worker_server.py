@@ -3,7 +3,7 @@
 An ordinary worker takes five processor seconds to import Ray, PyTorch and raysweep. A fork takes a
 tenth of a second, and shares the memory of the imports. Only nodes that raysweep starts on this
 machine have such workers: their raylet runs this file, by its path, for each worker
-(`ray_internals.start_workers_by`). It asks the server for a fork; where there is no server, it
+(`ray_internals.use_worker_script`). It asks the server for a fork; where there is no server, it
 becomes an ordinary worker. So this file imports the standard library only.
 """
 
@@ -31,25 +31,25 @@ SWITCH_VARIABLE = "RAYSWEEP_FORK_WORKERS"
 _EARLY_IMPORTS = ("torch", "torch._dynamo", "raysweep.training.distributed")
 _RAY_IMPORTS = ("ray.train.torch", "raysweep.sweep.tuner")
 # Ray keeps the job that it finds in the environment when it is imported. Forks of a server with a
-# job would serve that job only, and other drivers would wait for ever.
+# job would serve that job only, and other drivers would wait forever.
 _NO_JOB = {"RAY_JOB_ID": "ffffffff"}
 _CONTEXT_OPTION = "--serialized-runtime-env-context="
 _SOCKET_PREFIX = "workers-"
 # Seconds between two checks that another process still runs.
 _POLL_SECONDS = 1.0
-# More than one worker ever draws.
+# More ids than one worker ever draws.
 _N_SKIPPED_IDS = 2_000
 
 
 class WorkerServer:
-    """A server, as the process that started it sees it. It ends with that process.
+    """Starts and stops the server's process, which ends with the process that started it.
 
     Args:
         folder: Private folder for its socket, with a path that is short enough for one.
     """
 
     def __init__(self, folder: Path) -> None:
-        _delete_sockets_of_the_dead(folder)
+        _delete_stale_sockets(folder)
         self.socket_path = folder / f"{_SOCKET_PREFIX}{os.getpid()}"
         with socket.socket(socket.AF_UNIX) as listener:
             # Requests wait in it until the server has imported what it needs.
@@ -77,8 +77,8 @@ class WorkerServer:
         self.socket_path.unlink(missing_ok=True)
 
 
-def _delete_sockets_of_the_dead(folder: Path) -> None:
-    """Delete the sockets of servers whose command was killed, and of an earlier one of this."""
+def _delete_stale_sockets(folder: Path) -> None:
+    """Delete the sockets of killed commands, and that of an earlier server of this process."""
     for path in folder.glob(f"{_SOCKET_PREFIX}*"):
         process = int(path.name.removeprefix(_SOCKET_PREFIX))
         if process == os.getpid() or not Path(f"/proc/{process}").exists():
@@ -90,7 +90,7 @@ _running_servers: list[WorkerServer] = []
 
 @contextmanager
 def run_worker_server(folder: Path) -> Iterator[WorkerServer]:
-    """Context manager that runs a server, or takes the one that already runs.
+    """Context manager that runs a server, or uses the one that already runs.
 
     Args:
         folder: Private folder for its socket, with a path that is short enough for one.
@@ -113,11 +113,12 @@ def run_worker_server(folder: Path) -> Iterator[WorkerServer]:
 
 
 @contextmanager
-def prepare_workers(address: str | None) -> Iterator[None]:
-    """Context manager that starts the server of a cluster's workers before the cluster.
+def prestart_worker_server(address: str | None) -> Iterator[None]:
+    """Context manager that starts the worker server early, before the cluster that uses it.
 
     Args:
-        address: That of `connect_to_cluster`, which takes the server over if it starts a cluster.
+        address: As for `connect_to_cluster`, which uses this server if it starts a cluster. Nothing
+            is started if it will join one.
     """
     ray = sys.modules.get("ray")
     joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())
@@ -131,7 +132,7 @@ def prepare_workers(address: str | None) -> Iterator[None]:
 
 
 def can_fork_workers() -> bool:
-    """Return whether workers can be forks here: on Linux, unless the user said no."""
+    """Return whether workers can be forks: on Linux, unless $RAYSWEEP_FORK_WORKERS is 0."""
     return sys.platform == "linux" and os.environ.get(SWITCH_VARIABLE, "1") != "0"
 
 
@@ -235,7 +236,7 @@ def _skip_random_ids() -> None:
     """Draw random ids of Ray, so that the next fork draws others.
 
     Forks inherit the state of the generator: two that started at once would give their first
-    objects the same id, one of them would crash, and the first driver would wait for it for ever.
+    objects the same id, one of them would crash, and the first driver would wait for it forever.
     """
     from ray import ObjectID
 
@@ -257,10 +258,10 @@ def _read_request(connection: socket.socket) -> tuple[dict[str, Any], Sequence[i
 def _become_worker(
     request: dict[str, Any], streams: Sequence[int], connection: socket.socket
 ) -> NoReturn:
-    """Run a request.
+    """Run the requested worker in this fork.
 
-    The connection stays open: by its end the launcher sees that of the worker, and the worker that
-    of the launcher.
+    The connection stays open: its end tells the launcher that the worker has ended, and the worker
+    that the launcher has.
     """
     # What the server has imported stays, and its memory is shared until it is touched.
     gc.freeze()

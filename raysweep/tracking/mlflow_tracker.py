@@ -82,7 +82,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class EpochRecord(NamedTuple):
-    """Metrics of one epoch for MLflow. To write it twice is to write it once.
+    """Metrics of one epoch for MLflow. Writing it twice is harmless.
 
     Attributes:
         metrics: Values by name.
@@ -114,7 +114,7 @@ def current_time_ms() -> int:
     return int(time.time() * 1000)
 
 
-def experiment_name() -> str:
+def get_experiment_name() -> str:
     """Return the name of the experiment: `MLFLOW_EXPERIMENT_NAME`, or `raysweep`."""
     return os.environ.get(_EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT_NAME
 
@@ -143,9 +143,9 @@ def tracking_uri(folder: Path) -> str:
     return f"sqlite:///{database}"
 
 
-def _artifact_folder(artifact_root: Path) -> Path:
+def _find_artifact_folder(artifact_root: Path) -> Path:
     """Return the folder below `artifact_root` for the experiment, whose name may have any form."""
-    name = experiment_name()
+    name = get_experiment_name()
     if not is_safe_name(name):
         name = quote(name, safe="").replace(".", "%2E")
     return artifact_root / name
@@ -651,27 +651,29 @@ class Tracker:
         database = find_sqlite_file(self.uri)
         try:
             if database is not None and database.parent == self._artifact_root.parent.resolve():
-                _relocate_artifacts(database, _artifact_folder(self._artifact_root))
+                _relocate_artifacts(database, _find_artifact_folder(self._artifact_root))
             client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
-            experiment = client.get_experiment_by_name(experiment_name())
+            experiment = client.get_experiment_by_name(get_experiment_name())
             if experiment is not None and experiment.lifecycle_stage == "deleted":
                 raise InfrastructureError(
-                    f"MLflow store {self.uri}: its experiment {experiment_name()!r} was deleted; "
-                    f"restore it with `{_URI_VARIABLE}={self.uri} mlflow experiments restore "
+                    f"MLflow store {self.uri}: its experiment "
+                    f"{get_experiment_name()!r} was deleted; restore it with `{_URI_VARIABLE}={self.uri} mlflow experiments restore "
                     f"--experiment-id {experiment.experiment_id}`, or use another --out"
                 )
             if experiment is not None:
                 return client, str(experiment.experiment_id)
             location = None
             if self.uri.startswith("sqlite"):
-                location = _artifact_folder(self._artifact_root).resolve().as_uri()
+                location = _find_artifact_folder(self._artifact_root).resolve().as_uri()
             tags = {
                 # Without this tag some versions of the UI open their pages for language models.
                 "mlflow.experimentKind": "custom_model_development",
                 _DESCRIPTION_TAG: _EXPERIMENT_DESCRIPTION,
             }
             return client, str(
-                client.create_experiment(experiment_name(), artifact_location=location, tags=tags)
+                client.create_experiment(
+                    get_experiment_name(), artifact_location=location, tags=tags
+                )
             )
         except (
             *(MlflowException, SQLAlchemyError, CommandError),
@@ -702,7 +704,7 @@ def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
         ).fetchone():
             return
         row = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE name = ?", (experiment_name(),)
+            "SELECT artifact_location FROM experiments WHERE name = ?", (get_experiment_name(),)
         ).fetchone()
         suffix = "/" + "/".join(new_uri.rsplit("/", 2)[1:])
         if row is None or row[0] == new_uri or not str(row[0]).endswith(suffix):
@@ -711,7 +713,7 @@ def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
         logger.warning("the artifacts of %s were moved here from %s", database, old_uri)
         connection.execute(
             "UPDATE experiments SET artifact_location = ? WHERE name = ?",
-            (new_uri, experiment_name()),
+            (new_uri, get_experiment_name()),
         )
         for table, column in _ARTIFACT_URI_COLUMNS:
             connection.execute(
@@ -742,7 +744,7 @@ def _require_own_artifacts(database: Path, artifact_root: Path) -> None:
             "SELECT artifact_location FROM experiments WHERE name = :name UNION "
             "SELECT artifact_uri FROM runs JOIN experiments USING (experiment_id) "
             "WHERE experiments.name = :name",
-            {"name": experiment_name()},
+            {"name": get_experiment_name()},
         ).fetchall()
     root = str(artifact_root.resolve())
     for (uri,) in rows:

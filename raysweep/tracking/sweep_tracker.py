@@ -313,7 +313,7 @@ class SweepTracker:
         return [*lines, f"next: raysweep eval {shlex.quote(str(checkpoint_uri))}"]
 
     def _close_stale_runs(self) -> None:
-        """Complete the runs of ended trials: a driver was killed, or MLflow was out of order."""
+        """Complete the runs of ended trials: a driver was killed, or MLflow did not answer."""
         ended = [trial for trial in self._ledger.load_all_runs() if trial.state != "running"]
         if not ended:
             return

@@ -32,7 +32,7 @@ class EpochProgress(NamedTuple):
 
 
 class EpochProgressWriter:
-    """Writes the progress of a run every two seconds, so not in runs whose epochs take less.
+    """Writes the progress of a run every two seconds; shorter epochs write none.
 
     A run in a bucket writes none: each write would be a request, for a display only.
     """

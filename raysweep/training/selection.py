@@ -75,8 +75,8 @@ class RunRank(NamedTuple):
         exceeds_masking_gap: Whether its masking gap is above the limit of its search space.
         is_below_finalists: Whether AutoAttack decides between other runs, the finalists, and this
             run is none of them.
-        negated_seeds: Minus the number of seeds whose mean the score is. A trial that was repeated
-            is above all that were not: of these, the best are best by luck. 0 for a finalist.
+        negated_seeds: Minus the number of seeds whose mean the score is. A repeated trial is
+            above all others: the best scores of these are partly luck. 0 for a finalist.
         negated_score: Minus the objective, or minus its mean over several seeds; for a finalist
             minus the accuracy under AutoAttack.
         negated_tie_break: Minus the metric that breaks ties (see `get_tie_break`).
