@@ -657,7 +657,8 @@ class Tracker:
             if experiment is not None and experiment.lifecycle_stage == "deleted":
                 raise InfrastructureError(
                     f"MLflow store {self.uri}: its experiment "
-                    f"{get_experiment_name()!r} was deleted; restore it with `{_URI_VARIABLE}={self.uri} mlflow experiments restore "
+                    f"{get_experiment_name()!r} was deleted; restore it with "
+                    f"`{_URI_VARIABLE}={self.uri} mlflow experiments restore "
                     f"--experiment-id {experiment.experiment_id}`, or use another --out"
                 )
             if experiment is not None:
