@@ -367,7 +367,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     assert "best 2 of 2 trials by robust worst" in out
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
     assert "  raysweep eval quick/000" in out
-    assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
+    assert "raysweep show quick" in out and "\n  mlflow ui\ncharts\n  http" in out
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
