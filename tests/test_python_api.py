@@ -184,7 +184,7 @@ def test_an_interrupted_sweep_is_an_error_and_resumes(ray_cluster, workdir: Path
     is_over = threading.Event()
     thread = threading.Thread(target=interrupt_after_an_epoch)
     thread.start()
-    settings = {**SETTINGS, "epochs": 40}
+    settings = {**SETTINGS, "epochs": 40, "scheduler.kind": "none"}
     with pytest.raises(WorkInterrupted, match=r"of 2 trials done; resume .*tune\(resume='g1'"):
         raysweep.tune("at", trials=2, name="g1", settings=settings)
     thread.join()
