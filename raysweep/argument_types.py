@@ -10,16 +10,16 @@ _MAX_DEPTH = 100
 
 
 def check_argument_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
-    """Raise SpecError if an argument has none of some types.
+    """Raise SpecError if an argument has another type than those allowed.
 
     Args:
         name: Name of the argument.
         value: What the caller gave.
-        types: Classes that it may have; True and False are no numbers.
+        types: The allowed classes; True and False do not count as numbers.
         expected: What messages call these, such as `a text`.
 
     Raises:
-        SpecError: It has another type. One line.
+        SpecError: It has none of these types. One line.
     """
     is_bool_as_number = isinstance(value, bool) and bool not in types
     if not isinstance(value, types) or is_bool_as_number:
@@ -31,8 +31,8 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
 
     Args:
         name: Name of the setting, for messages.
-        value: What the caller gave: besides plain values paths, and numbers and arrays of NumPy or
-            PyTorch.
+        value: What the caller gave: a plain value, a path, a number or array of NumPy or PyTorch;
+            also within lists and mappings.
         depth: Number of lists and mappings around it.
 
     Raises:
