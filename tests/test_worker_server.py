@@ -1,9 +1,11 @@
 """Workers of Ray that are forks of a server: what they inherit, and what ends with what."""
 
+import array
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import forked_processes
 import psutil
 import pytest
 
+from raysweep.spec import SpecError
 from raysweep.sweep import worker_server
 from raysweep.sweep.worker_server import SOCKET_VARIABLE, WorkerServer, run_worker_server
 
@@ -103,17 +106,73 @@ def test_worker_and_launcher_end_with_each_other(server: psutil.Process, tmp_pat
 
 
 @pytest.mark.needs_ray
-@pytest.mark.parametrize("socket", ["", "/nonexistent/socket"])
-def test_without_a_server_a_worker_is_an_ordinary_one(tmp_path: Path, socket: str) -> None:
+@pytest.mark.parametrize("path", ["", "/nonexistent/socket"])
+def test_without_a_server_a_worker_is_an_ordinary_one(tmp_path: Path, path: str) -> None:
     # Ray has both scripts in one folder.
     script = Path(import_module("ray._private.workers.setup_worker").__file__ or "")
     shutil.copy(script, tmp_path)
-    worker = launch(tmp_path, {SOCKET_VARIABLE: socket})
+    worker = launch(tmp_path, {SOCKET_VARIABLE: path})
     facts = read_facts(worker)
     assert facts["variable"] == "42" and facts["arguments"] == [str(tmp_path / "runs")]
     assert facts["parent"] == os.getpid() and not facts["has_torch"]
     (tmp_path / "runs").unlink()
     assert worker.wait() == 0
+
+
+@pytest.mark.ray
+def test_a_server_survives_launchers_that_are_killed_while_they_ask(
+    server: psutil.Process, tmp_path: Path
+) -> None:
+    """Each of these asks with less than a whole request, and ends."""
+    path = str(worker_server._running_servers[0].socket_path)
+    for part in (b"", b"\0" * 4, (10_000).to_bytes(8, "big"), (10_000).to_bytes(8, "big") + b"{"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            if part:
+                streams = array.array("i", [1, 2])
+                connection.sendmsg([part], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    worker = launch(tmp_path, {})
+    assert read_facts(worker)["parent"] == server.pid
+    (tmp_path / "runs").unlink()
+    assert worker.wait() == 0
+
+
+@pytest.mark.needs_ray
+def test_a_worker_is_an_ordinary_one_if_the_server_dies_before_it_forks(tmp_path: Path) -> None:
+    script = Path(import_module("ray._private.workers.setup_worker").__file__ or "")
+    shutil.copy(script, tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        worker = launch(tmp_path, {SOCKET_VARIABLE: str(tmp_path / "s")})
+        connection, _ = listener.accept()
+        connection.recv(8)
+        connection.close()
+    assert read_facts(worker)["parent"] == os.getpid()
+    (tmp_path / "runs").unlink()
+    assert worker.wait() == 0
+
+
+def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("no", "2"):
+        monkeypatch.setenv(worker_server.SWITCH_VARIABLE, value)
+        with pytest.raises(SpecError, match=f"FORK_WORKERS = '{value}': expected 0 or 1"):
+            worker_server.can_fork_workers()
+    monkeypatch.setenv(worker_server.SWITCH_VARIABLE, "0")
+    assert not worker_server.can_fork_workers()
+
+
+def test_a_server_leaves_the_sockets_of_others_that_live(tmp_path: Path) -> None:
+    """Even if their process has its own id, or one that does not exist here: in a container."""
+    names = [f"workers-{os.getpid()}", "workers-4999999"]
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for listener, name in zip((first, second), names, strict=True):
+            listener.bind(str(tmp_path / name))
+            listener.listen()
+        WorkerServer(tmp_path).stop()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    WorkerServer(tmp_path).stop()
+    assert not list(tmp_path.iterdir())
 
 
 def start_server_and_wait(folder: Path) -> None:
@@ -129,9 +188,9 @@ def test_a_server_ends_with_its_command(tmp_path: Path) -> None:
     server = psutil.Process(int((tmp_path / "pid").read_text()))
     os.kill(command.pid, signal.SIGKILL)
     wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
-    (socket,) = tmp_path.glob("workers-*")
+    (path,) = tmp_path.glob("workers-*")
     WorkerServer(tmp_path).stop()
-    assert not socket.exists() and not list(tmp_path.glob("workers-*")), "the next one tidies up"
+    assert not path.exists() and not list(tmp_path.glob("workers-*")), "the next one tidies up"
 
 
 def test_blocks_share_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

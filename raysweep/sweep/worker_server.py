@@ -8,10 +8,12 @@ becomes an ordinary worker. So this file imports the standard library only.
 """
 
 import array
+import errno
 import gc
 import json
 import os
 import runpy
+import secrets
 import select
 import signal
 import socket
@@ -35,6 +37,8 @@ _RAY_IMPORTS = ("ray.train.torch", "raysweep.sweep.tuner")
 _NO_JOB = {"RAY_JOB_ID": "ffffffff"}
 _CONTEXT_OPTION = "--serialized-runtime-env-context="
 _SOCKET_PREFIX = "workers-"
+# What a fork tells its launcher first.
+_STARTED = b"1"
 # Seconds between two checks that another process still runs.
 _POLL_SECONDS = 1.0
 # More ids than one worker ever draws.
@@ -50,12 +54,17 @@ class WorkerServer:
 
     def __init__(self, folder: Path) -> None:
         _delete_stale_sockets(folder)
-        self.socket_path = folder / f"{_SOCKET_PREFIX}{os.getpid()}"
+        # Containers that share the folder may have equal process ids.
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.socket_path = folder / f"{_SOCKET_PREFIX}{name}"
         with socket.socket(socket.AF_UNIX) as listener:
+            # Other commands delete sockets that nobody listens to.
+            new_path = folder / f".{name}"
+            listener.bind(str(new_path))
+            new_path.chmod(0o600)
             # Requests wait in it until the server has imported what it needs.
-            listener.bind(str(self.socket_path))
-            self.socket_path.chmod(0o600)
             listener.listen(256)
+            new_path.rename(self.socket_path)
             self._process = subprocess.Popen(
                 [sys.executable, __file__, "serve", str(listener.fileno())],
                 stdin=subprocess.PIPE,
@@ -78,11 +87,13 @@ class WorkerServer:
 
 
 def _delete_stale_sockets(folder: Path) -> None:
-    """Delete the sockets of killed commands, and that of an earlier server of this process."""
+    """Delete the sockets of servers whose command was killed."""
     for path in folder.glob(f"{_SOCKET_PREFIX}*"):
-        process = int(path.name.removeprefix(_SOCKET_PREFIX))
-        if process == os.getpid() or not Path(f"/proc/{process}").exists():
-            path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as connection:
+            # A full queue is another error: its server runs.
+            connection.setblocking(False)
+            if connection.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
 
 
 _running_servers: list[WorkerServer] = []
@@ -132,8 +143,17 @@ def prestart_worker_server(address: str | None) -> Iterator[None]:
 
 
 def can_fork_workers() -> bool:
-    """Return whether workers can be forks: on Linux, unless $RAYSWEEP_FORK_WORKERS is 0."""
-    return sys.platform == "linux" and os.environ.get(SWITCH_VARIABLE, "1") != "0"
+    """Return whether workers can be forks here: on Linux, unless the user said no.
+
+    Raises:
+        SpecError: The user's variable is neither 0 nor 1.
+    """
+    from raysweep.spec import SpecError
+
+    switch = os.environ.get(SWITCH_VARIABLE) or "1"
+    if switch not in ("0", "1"):
+        raise SpecError(f"{SWITCH_VARIABLE} = {switch!r}: expected 0 or 1")
+    return sys.platform == "linux" and switch == "1"
 
 
 def _launch_worker(arguments: Sequence[str]) -> None:
@@ -156,21 +176,44 @@ def _launch_worker(arguments: Sequence[str]) -> None:
         and not worker_arguments[0].startswith("-")
     )
     connection = _connect_to_server() if is_plain else None
-    if connection is None:
+    if connection is None or not _request_fork(connection, worker_arguments, variables):
         _become_ordinary_worker(worker_arguments)
+    _wait_for_data(connection)
+
+
+def _request_fork(
+    connection: socket.socket, worker_arguments: Sequence[str], variables: dict[str, str]
+) -> bool:
+    """Ask for a fork and wait for it; return False if the server ends before it has made one."""
     request = {
         "arguments": worker_arguments,
         "environment": os.environ | variables,
         "folder": str(Path.cwd()),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
-        "oom_score_adj": Path("/proc/self/oom_score_adj").read_text(encoding="ascii"),
+        "oom_score_adj": _read_oom_score(),
     }
     message = json.dumps(request).encode()
     streams = array.array("i", [1, 2])
-    connection.sendmsg(
-        [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
-    )
-    connection.sendall(message)
+    try:
+        connection.sendmsg(
+            [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+        )
+        connection.sendall(message)
+        _wait_for_data(connection)
+        return connection.recv(1) == _STARTED
+    except ConnectionError:
+        return False
+
+
+def _read_oom_score() -> str:
+    """Return what Ray has told the kernel of this process; "" where it may not be read."""
+    with suppress(OSError):
+        return Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
+    return ""
+
+
+def _wait_for_data(connection: socket.socket) -> None:
+    """Wait until something can be read, or the other side has ended; end with the raylet."""
     raylet = os.getppid()
     while not select.select([connection], [], [], _POLL_SECONDS)[0]:
         if os.getppid() != raylet:
@@ -213,6 +256,9 @@ def _serve(listener: socket.socket) -> None:
             continue
         connection, _ = listener.accept()
         request, streams = _read_request(connection)
+        if request is None:
+            connection.close()
+            continue
         if not has_imported_ray:
             # Ray reads where its cluster is, and the token for it, when it is imported.
             os.environ.update(request["environment"] | _NO_JOB)
@@ -244,14 +290,23 @@ def _skip_random_ids() -> None:
         ObjectID.from_random()
 
 
-def _read_request(connection: socket.socket) -> tuple[dict[str, Any], Sequence[int]]:
-    """Return a launcher's request and its two output streams."""
-    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
+def _read_request(connection: socket.socket) -> tuple[dict[str, Any] | None, Sequence[int]]:
+    """Return a launcher's request and its two output streams; None if it was killed meanwhile."""
     streams = array.array("i")
-    streams.frombytes(ancillary[0][2])
-    size, message = int.from_bytes(head, "big"), b""
-    while len(message) < size:
-        message += connection.recv(size - len(message))
+    message = b""
+    try:
+        head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
+        for _, _, descriptors in ancillary:
+            streams.frombytes(descriptors)
+        size = int.from_bytes(head, "big")
+        while len(message) < size and (part := connection.recv(size - len(message))):
+            message += part
+    except ConnectionError:
+        size = 0
+    if size == 0 or len(message) < size:
+        for stream in streams:
+            os.close(stream)
+        return None, ()
     return json.loads(message), streams
 
 
@@ -263,6 +318,7 @@ def _become_worker(
     The connection stays open: its end tells the launcher that the worker has ended, and the worker
     that the launcher has.
     """
+    connection.sendall(_STARTED)
     # What the server has imported stays, and its memory is shared until it is touched.
     gc.freeze()
     for number, stream in zip((1, 2), streams, strict=True):
