@@ -115,16 +115,21 @@ def record_work(work: UnrecordedWork, tracker: Tracker) -> None:
     Raises:
         InfrastructureError: The store does not answer, or refused a record. One line.
         SpecError: A process works in its folder.
+        DamagedFileError: A file of it is damaged. One line.
     """
     records = RecordQueue("MLflow store", tracker.uri, flush_seconds=None)
-    if work.kind == "sweep":
-        _record_sweep(work.folder, tracker, records)
-    elif work.kind == "training run":
-        _record_training_run(work.folder, tracker, records)
-    elif work.kind == "evaluation":
-        _record_evaluation(work.folder, tracker, records)
-    else:
-        _record_pipeline(work.folder, tracker, records)
+    try:
+        if work.kind == "sweep":
+            _record_sweep(work.folder, tracker, records)
+        elif work.kind == "training run":
+            _record_training_run(work.folder, tracker, records)
+        elif work.kind == "evaluation":
+            _record_evaluation(work.folder, tracker, records)
+        else:
+            _record_pipeline(work.folder, tracker, records)
+    except RaysweepError:
+        records.finish()
+        raise
     if n_missing := records.finish("; run `raysweep sync` again"):
         raise InfrastructureError(f"{work.title}: MLflow lacks {format_count(n_missing, 'record')}")
 

@@ -1,5 +1,6 @@
 """MLflow and Optuna stores that fail during the work: it goes on, and they get all of it later."""
 
+import json
 import re
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ import pytest
 from mlflow_server import MlflowServer
 
 from raysweep.cli import main
+from raysweep.errors import ExitCode
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
@@ -25,6 +27,7 @@ from raysweep.sweep.trial import Trial
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import trainer
 from raysweep.training.trainer import compute_step_gradients, train_model
+from raysweep.unrecorded_folders import note_unrecorded
 
 pytestmark = pytest.mark.mlflow
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
@@ -254,6 +257,28 @@ def run_trial(ledger: Ledger, number: int, listeners: list[Any]) -> None:
         ledger.save_trial(trial)
         for listener in listeners:
             listener.on_trial_update(trial, metrics)
+
+
+def test_damaged_work_keeps_no_other_from_mlflow(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The damaged folders come first in the order of their names."""
+    ledger = make_ledger(workdir)
+    run_trial(ledger, 0, [])
+    note_unrecorded(ledger.path)
+    for name in ("a", "b"):
+        note_unrecorded(workdir / "runs" / name)
+        (workdir / "runs" / name / "sweep.json").write_text("{")
+    assert main(["sync"]) == ExitCode.DAMAGED_FILE
+    out, err = capsys.readouterr()
+    assert out == "MLflow has all records of sweep s1\n"
+    damaged = [line for line in err.splitlines() if "is damaged" in line]
+    assert ["/a/sweep.json" in damaged[0], "/b/sweep.json" in damaged[1]] == [True, True]
+    assert len(damaged) == 2
+    assert main(["sync", "--json"]) == ExitCode.DAMAGED_FILE
+    assert json.loads(capsys.readouterr().out) == {"written": []}
+    runs = list_runs(f"sqlite:///{workdir / 'mlflow.db'}")
+    assert runs["0000 s1"].info.status == "FINISHED"
 
 
 @pytest.mark.slow

@@ -75,9 +75,11 @@ def run_command(args: argparse.Namespace) -> None:
     Raises:
         SpecError: There is no work of a name.
         InfrastructureError: MLflow does not answer or refused a record.
+        DamagedFileError: A file of a work is damaged; all other work is written.
     """
     request = SyncRequest.from_args(args)
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
+    from raysweep.errors import InfrastructureError, RaysweepError
     from raysweep.tracking import Tracker, tracking_uri
     from raysweep.unrecorded_work import list_unrecorded_work, record_work
 
@@ -87,16 +89,31 @@ def run_command(args: argparse.Namespace) -> None:
     if request.names:
         _check_names(request.names, works, out, request)
         works = [work for work in works if any(map(work.belongs_to, request.names))]
+    written: list[str] = []
+    errors: list[RaysweepError] = []
     if works:
         tracker = Tracker(tracking_uri(out), out / "mlruns").wait_until_ready()
         for work in works:
             print(f"{work.title} ...", file=sys.stderr)
-            record_work(work, tracker)
+            try:
+                record_work(work, tracker)
+            except InfrastructureError:
+                raise
+            except RaysweepError as error:
+                # MLflow answers, so a damaged folder does not keep the others from being written.
+                errors.append(error)
+            else:
+                written.append(work.title)
     if request.as_json:
-        print(json.dumps({"written": [work.title for work in works]}, indent=1))
+        print(json.dumps({"written": written}, indent=1))
     else:
-        lines = [f"MLflow has all records of {work.title}" for work in works]
-        print("\n".join(lines) or "MLflow lacks nothing")
+        lines = [f"MLflow has all records of {title}" for title in written]
+        if not works:
+            lines = ["MLflow lacks nothing"]
+        print(*lines, sep="\n", end="\n" if lines else "")
+    if errors:
+        problems = [problem for error in errors for problem in error.problems]
+        raise type(errors[0])(problems) from errors[0]
 
 
 def _check_names(
