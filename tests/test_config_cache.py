@@ -73,7 +73,7 @@ def test_a_folder_is_where_the_process_is_now(
             changes = {"data.data_dir": path, "data.name": "svhn"}
             assert build_training_config("at", changes) == config
             assert build_training_config("at", changes) is build_training_config("at", changes)
-    with pytest.raises(ValueError, match=r"data\.data_dir = '\\x00'"):
+    with pytest.raises(ValueError, match=r"data\.data_dir: '\\x00'"):
         build_training_config("at", {"data.data_dir": "\0", "data.name": "svhn"})
 
 
