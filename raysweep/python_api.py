@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ Data: TypeAlias = "str | Path | ImageArrays"
 Code: TypeAlias = "str | Path | Callable[..., nn.Module]"
 """A Python file with a network, or the network's function."""
 
+# A call sets the umask, the log and Ray's cluster of the whole process.
+_running_call = threading.Lock()
 # What arguments may be, by their names: classes, and what messages call them.
 _Types: TypeAlias = tuple[tuple[type, ...], str]
 _TEXT: _Types = ((str,), "a text")
@@ -343,7 +346,7 @@ def _function_session(command: str, arguments: Mapping[str, Any], verbose: bool)
     """Context manager for the work of a function, logged as the command of its name.
 
     Raises:
-        SpecError: An argument has a wrong type.
+        SpecError: An argument has a wrong type, or another thread is in such a call.
     """
     defaults = inspect.signature(globals()[command]).parameters
     for name, value in arguments.items():
@@ -357,8 +360,16 @@ def _function_session(command: str, arguments: Mapping[str, Any], verbose: bool)
     if arguments["data"] is not None:
         data = arguments["data"]
         given.append(f"data={data!r}" if isinstance(data, str | Path) else "data=<arrays>")
-    with command_session(command, f"raysweep.{command}({', '.join(given)})", verbose):
-        yield
+    if not _running_call.acquire(blocking=False):
+        raise SpecError(
+            f"raysweep.{command}: this process runs another call of raysweep; wait for its end, or "
+            "use another process"
+        )
+    try:
+        with command_session(command, f"raysweep.{command}({', '.join(given)})", verbose):
+            yield
+    finally:
+        _running_call.release()
 
 
 def _check_range(

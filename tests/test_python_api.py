@@ -1,10 +1,12 @@
 """`raysweep.tune`, `train` and `run`: what they do is what the commands of their names do."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,45 @@ def test_a_wrong_request_is_an_error_of_one_line_and_starts_nothing(
     (problem,) = caught.value.problems
     assert line in problem
     assert not list(workdir.rglob("sweep.json"))
+
+
+@pytest.mark.mlflow
+def test_a_second_call_at_once_is_refused_and_leaves_the_process_as_it_was(workdir: Path) -> None:
+    """The umask and the function that shows warnings belong to the whole process."""
+
+    def get_process_state() -> tuple[int, object]:
+        umask = os.umask(0o22)
+        os.umask(umask)
+        return umask, warnings.showwarning
+
+    (x, y), test = make_images(120, 0), make_images(40, 1)
+
+    class HeldImages:
+        """Images that the first call asks for, and gets when the second one has been refused."""
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            is_running.set()
+            is_refused.wait()
+            return x
+
+    is_running, is_refused = threading.Event(), threading.Event()
+    before = get_process_state()
+    settings = {**TINY, **ONE_RUN, "epochs": 1}
+    data = {"train": (HeldImages(), y), "test": test}
+    first = threading.Thread(
+        target=lambda: raysweep.train("at", name="first", settings=settings, data=data), daemon=True
+    )
+    first.start()
+    is_running.wait()
+    try:
+        with pytest.raises(SpecError, match=r"raysweep\.train: this process runs another call of"):
+            raysweep.train("at", name="second", settings=settings)
+    finally:
+        is_refused.set()
+        first.join()
+    assert get_process_state() == before and not (workdir / "runs" / "second").exists()
+    data = {"train": (x, y), "test": test}
+    assert raysweep.train("at", name="first", settings=settings, data=data).n_epochs == 1
 
 
 @pytest.mark.ray
