@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,3 +130,22 @@ def test_no_folder_for_temporary_files_is_one_line(
         f"/raysweep-{NOBODY}: cannot be created for private temporary files: Permission denied; "
         "set TMPDIR to a folder that you can write"
     )
+
+
+def test_sockets_fit_into_the_temporary_folder_of_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two levels below it lie the sockets of Python: 32 more characters, of at most 107."""
+    from raysweep.sweep.ray_access import short_temporary_folder
+
+    for length, is_replaced in ((75, sys.platform != "linux"), (76, True)):
+        folder = "/tmp/" + "x" * (length - 5)
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        with short_temporary_folder(tmp_path):
+            assert os.environ["TMPDIR"] == (str(tmp_path) if is_replaced else folder)
+        assert os.environ["TMPDIR"] == folder
+    monkeypatch.delenv("TMPDIR")
+    with short_temporary_folder(tmp_path):
+        assert os.environ["TMPDIR"] == str(tmp_path)
+    assert "TMPDIR" not in os.environ

@@ -25,6 +25,7 @@ from raysweep.sweep.ray_access import (
     create_private_ray_folder,
     find_own_cluster,
     secure_token_file,
+    short_temporary_folder,
     token_without_home,
 )
 from raysweep.sweep.ray_address import split_address
@@ -114,7 +115,7 @@ def _start_or_join(address: str, n_cpus: int | None, source: str, workers: ExitS
             return
         secure_token_file()
         folder = create_private_ray_folder()
-        with listen_on_loopback(), ExitStack() as start:
+        with listen_on_loopback(), short_temporary_folder(folder.parent), ExitStack() as start:
             logger.info("starting Ray on this machine")
             if can_fork_workers():
                 workers.enter_context(run_worker_server(folder.parent))

@@ -28,6 +28,9 @@ _TOKEN_BYTES = 32
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 # What Ray adds to its folder: date, time, microseconds and process of the driver.
 _LONGEST_SOCKET = "/session_2026-11-29_20-26-49_720904_4194304/sockets/plasma_store"
+# What Python adds to the folder for temporary files in processes that start others, such as Ray's
+# dashboard.
+_LONGEST_PYTHON_SOCKET = "/pymp-12345678/listener-12345678"
 _RAY_FOLDER = "ray"
 
 
@@ -165,6 +168,31 @@ def create_private_ray_folder() -> Path:
         logger.info("%s is too long for the paths of Ray's sockets: they are in /tmp", parent)
         parent = Path("/tmp")
     return create_private_folder(parent) / _RAY_FOLDER
+
+
+@contextmanager
+def short_temporary_folder(folder: Path) -> Iterator[None]:
+    """Context manager that gives processes another folder for temporary files, if theirs has a path
+    that is too long for sockets.
+
+    Ray's dashboard would fail in it, and the start of Ray wait for the dashboard for a minute.
+
+    Args:
+        folder: The other folder, a private one.
+    """
+    former = os.environ.get("TMPDIR")
+    longest_path = f"{find_temporary_folder()}{_LONGEST_PYTHON_SOCKET}"
+    if len(os.fsencode(longest_path)) <= _MAX_SOCKET_PATH:
+        yield
+        return
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = former
 
 
 def find_own_cluster() -> str:
