@@ -190,17 +190,18 @@ def dump_yaml(data: Any) -> str:
     Returns:
         Block style, in the order of the mappings; it ends with a line break.
     """
-    return _dump(data, quote=False, width=80)
+    return _dump(data, quote=False)
 
 
-def _dump(data: Any, quote: bool, width: int) -> str:
+def _dump(data: Any, quote: bool) -> str:
     """Write plain data as YAML; `quote` puts all scalars in quotes."""
     writer: Any = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.default_style = '"' if quote else None
     writer.sort_base_mapping_type_on_output = False
     writer.allow_unicode = False
-    writer.width = width
+    # ruamel.yaml breaks quoted text within words, which adds a space to it.
+    writer.width = sys.maxsize
     writer.representer.ignore_aliases = lambda *_: True
     stream = io.StringIO()
     writer.dump(data, stream)
@@ -222,7 +223,7 @@ def format_scalar(value: Any) -> str:
         return value
     if value.isprintable():
         return json.dumps(value, ensure_ascii=False)
-    return _dump(value, quote=True, width=sys.maxsize).rstrip("\n")
+    return _dump(value, quote=True).rstrip("\n")
 
 
 def _is_plain_text(text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raysweep.errors import ChangedValueWarning, SpecError
@@ -49,6 +49,7 @@ class TestScalars:
         assert repr(parse_yaml(text)) == repr(value)
 
     @given(DATA)
+    @example({"00000" + 10 * "\x1f" + 2 * "\U00010000": "\u0100\u01000 0"})
     @pytest.mark.filterwarnings("ignore::raysweep.errors.ChangedValueWarning")
     def test_what_is_written_is_read_again(self, data: Any) -> None:
         assert repr(parse_yaml(dump_yaml(data))) == repr(data)
