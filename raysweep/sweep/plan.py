@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from raysweep.data import DatasetSplits
 from raysweep.lazy_modules import torch
+from raysweep.models import ModelSpec
 from raysweep.spec import JsonDict
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import DEFAULT_PREFIX_GIB, SearchSpace
@@ -236,7 +238,13 @@ def estimate_state_bytes(config: TrainingConfig, data: DatasetSplits) -> int:
         config: Training config of the trial.
         data: Its data.
     """
-    model = config.model.build_model(data.channels, data.classes, 0)
+    return _measure_state(config.model, data.channels, data.classes)
+
+
+@functools.cache
+def _measure_state(model_spec: ModelSpec, channels: int, classes: int) -> int:
+    """Return the bytes of a network's weights and momentum; each network is built once."""
+    model = model_spec.build_model(channels, classes, 0)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     momentum = sum(parameter.nbytes for parameter in model.parameters())
     return int(weights + momentum)
