@@ -2,11 +2,12 @@
 `search_quality.py`.
 
     python benchmarks/search_curves.py record --work FOLDER [--spaces gairat lrat]
-    python benchmarks/search_curves.py collect --work FOLDER --out benchmarks/search_curves.npz
+    python benchmarks/search_curves.py collect --work FOLDER --table benchmarks/search_curves.npz
 
 `record` draws settings from each space as a random sweep does, after its starting points, and
 trains each to its end with two seeds, by the real objective; trainings share prefixes. What is
-recorded stays in FOLDER: the same command goes on where it was stopped.
+recorded stays in FOLDER: the same command goes on where it was stopped. Runs of the table are not
+trained again, so it goes on from the table alone, too.
 """
 
 import argparse
@@ -74,14 +75,28 @@ def record_run(config: TrainingConfig, folder: Path, cache: PrefixCache) -> dict
     }
 
 
-def record(work: Path, spaces: list[str]) -> None:
-    """Record the runs that are missing in `work`."""
+def read_runs(table: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """Return the runs of a table, if there is one, and those recorded in a folder, by their keys."""
+    runs = json.loads(np.load(table)["runs"].tobytes()) if table.exists() else []
+    runs += [json.loads(path.read_text()) for path in (work / "parts").glob("*.json")]
+    return {run_key(run["space"], run["params"], run["seed"]): run for run in runs}
+
+
+def run_key(name: str, params: Params, seed: int) -> str:
+    """Return what determines a training. Random settings of a conditional space may be equal."""
+    return json.dumps([name, params, seed], sort_keys=True)
+
+
+def record(work: Path, spaces: list[str], table: Path) -> None:
+    """Record the runs that are missing both in the table and in `work`."""
     parts = work / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    known = set(read_runs(table, work))
     for name, number, seed, params, config in list_runs(spaces):
-        path = parts / f"{name}-{number:03d}-{seed}.json"
-        if path.exists():
+        if (key := run_key(name, params, seed)) in known:
             continue
+        known.add(key)
+        path = parts / f"{name}-{number:03d}-{seed}.json"
         cache = PrefixCache(work / "prefixes", max_bytes=2**31)
         facts = {"space": name, "number": number, "seed": seed, "params": params}
         facts |= {"machine": describe_machine(), "commit": read_commit()}
@@ -99,13 +114,15 @@ def record(work: Path, spaces: list[str]) -> None:
         )
 
 
-def collect(work: Path, out: Path) -> None:
-    """Write the recorded runs into one file: a JSON text of all runs, with their curves."""
-    runs = [json.loads(path.read_text()) for path in sorted((work / "parts").glob("*.json"))]
+def collect(work: Path, table: Path) -> None:
+    """Add the recorded runs to the table: a JSON text of all runs, with their curves."""
+    runs = sorted(
+        read_runs(table, work).values(), key=lambda run: (run["space"], run["number"], run["seed"])
+    )
     text = json.dumps(runs, separators=(",", ":"))
-    with atomic_open(out) as file:
+    with atomic_open(table) as file:
         np.savez_compressed(file, runs=np.frombuffer(text.encode(), np.uint8))
-    print(f"{out}: {len(runs)} runs, {out.stat().st_size / 1024:.0f} KiB")
+    print(f"{table}: {len(runs)} runs, {table.stat().st_size / 1024:.0f} KiB")
 
 
 def main() -> None:
@@ -117,13 +134,13 @@ def main() -> None:
     parser.add_argument("action", choices=["record", "collect"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--spaces", nargs="+", default=list(N_SETTINGS), choices=N_SETTINGS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".npz"))
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".npz"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.action == "collect":
-        collect(args.work, args.out)
+        collect(args.work, args.table)
     else:
-        record(args.work, args.spaces)
+        record(args.work, args.spaces, args.table)
 
 
 if __name__ == "__main__":
