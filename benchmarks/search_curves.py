@@ -76,7 +76,7 @@ def record_run(config: TrainingConfig, folder: Path, cache: PrefixCache) -> dict
 
 
 def read_runs(table: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Return the runs of a table, if there is one, and those recorded in a folder, by their keys."""
+    """Return the runs of a table, if there is one, and those recorded in `work`, by their keys."""
     runs = json.loads(np.load(table)["runs"].tobytes()) if table.exists() else []
     runs += [json.loads(path.read_text()) for path in (work / "parts").glob("*.json")]
     return {run_key(run["space"], run["params"], run["seed"]): run for run in runs}
