@@ -4,11 +4,11 @@
     python benchmarks --full        # the sizes of RESULTS.md: an hour on an idle machine
     python benchmarks --full step   # one part of it
 
-Each part is also a script with its own sizes: training_step.py, objective_cost.py,
-autoattack.py, sweeps.py, scaling.py, footprint.py. Not in the table: the choice of the objective
-(objectives.py), accuracies of the methods (methods_on_digits.py), killed sweeps (kills.py),
-simulated large sweeps (scale.py), the early end of sweeps (told_apart.py), mutation tests
-(mutants.py), and wrong inputs (fuzz_inputs.py).
+Each part is also a script with its own sizes: training_step.py, random_numbers.py,
+objective_cost.py, autoattack.py, sweeps.py, scaling.py, footprint.py. Not in the table: the choice
+of the objective (objectives.py), accuracies of the methods (methods_on_digits.py), killed sweeps
+(kills.py), simulated large sweeps (scale.py), the early end of sweeps (told_apart.py), mutation
+tests (mutants.py), and wrong inputs (fuzz_inputs.py).
 """
 
 import argparse
@@ -20,6 +20,7 @@ from measure import describe_machine, format_table
 # The module of each part, imported only if the part is measured.
 PARTS = {
     "step": "training_step",
+    "random": "random_numbers",
     "objective": "objective_cost",
     "autoattack": "autoattack",
     "sweep": "sweeps",

@@ -13,11 +13,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from raysweep.lazy_modules import torch
+from raysweep.lazy_modules import np, torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
+# Words that a CPU computes at a time: 256 KiB, so that they stay in its cache.
+_BLOCK_WORDS = 32_768
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
@@ -84,9 +87,12 @@ class ExampleRng:
             (N, *shape) numbers in [0, 1).
         """
         dtype = dtype or torch.float32
-        bits = 24 if dtype == torch.float32 else 53
-        words = self._random_words(math.prod(shape))
-        numbers = _logical_right_shift(words, 64 - bits).to(dtype) * 2.0**-bits
+        count = math.prod(shape)
+        is_numpy_dtype = dtype in (torch.float32, torch.float64)
+        if self.example_ids.device.type == "cpu" and is_numpy_dtype:
+            numbers = self._uniform_by_numpy(count, dtype)
+        else:
+            numbers = self._uniform_by_torch(count, dtype)
         return numbers.view(len(self.example_ids), *shape)
 
     def symmetric_uniform(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -99,7 +105,7 @@ class ExampleRng:
         Returns:
             (N, *shape) numbers: `uniform` times 2, minus 1.
         """
-        return self.uniform(shape, dtype) * 2 - 1
+        return self.uniform(shape, dtype).mul_(2).sub_(1)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Draw standard normal numbers by the Box-Muller transform.
@@ -111,8 +117,10 @@ class ExampleRng:
         Returns:
             (N, *shape) numbers.
         """
-        radius = (-2 * torch.log1p(-self.derive_stream("radius").uniform(shape, dtype))).sqrt()
-        return radius * (2 * math.pi * self.derive_stream("angle").uniform(shape, dtype)).cos()
+        radius = self.derive_stream("radius").uniform(shape, dtype)
+        angle = self.derive_stream("angle").uniform(shape, dtype)
+        radius.neg_().log1p_().mul_(-2).sqrt_()
+        return angle.mul_(2 * math.pi).cos_().mul_(radius)
 
     def integers(self, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Draw uniform whole numbers.
@@ -126,12 +134,34 @@ class ExampleRng:
         """
         return (self.uniform(shape, torch.float64) * high).long()
 
-    def _random_words(self, count: int) -> Tensor:
-        """Return (N, count) int64 words of 64 random bits."""
-        device = self.example_ids.device
+    def _uniform_by_torch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Compute the numbers of `uniform`, (N, count), on any device."""
+        bits = _count_random_bits(dtype)
         rows = _finalize_splitmix64(self.example_ids * _GOLDEN_GAMMA + _to_signed_int64(self.key))
+        device = self.example_ids.device
         columns = torch.arange(1, count + 1, device=device) * _GOLDEN_GAMMA
-        return _finalize_splitmix64(rows[:, None] + columns[None, :])
+        words = _finalize_splitmix64(rows[:, None] + columns[None, :])
+        return _logical_right_shift(words, 64 - bits).to(dtype) * 2.0**-bits
+
+    def _uniform_by_numpy(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Compute the same numbers on a CPU, in blocks that stay in its cache."""
+        numbers = torch.empty(len(self.example_ids), count, dtype=dtype, device="cpu")
+        bits = _count_random_bits(dtype)
+        gamma, shift = np.uint64(_GOLDEN_GAMMA % 2**64), np.uint64(64 - bits)
+        rows = self.example_ids.numpy().astype(np.uint64) * gamma + np.uint64(self.key)
+        _finalize_splitmix64_(rows, np.empty_like(rows))
+        columns = np.arange(1, count + 1, dtype=np.uint64) * gamma
+        block_rows = max(1, _BLOCK_WORDS // max(1, count))
+        block, buffer = np.empty((2, min(block_rows, len(rows)), count), np.uint64)
+        array = numbers.numpy()
+        for start in range(0, len(rows), block_rows):
+            block_part = array[start : start + block_rows]
+            words = block[: len(block_part)]
+            np.add(rows[start : start + block_rows, None], columns, out=words)
+            _finalize_splitmix64_(words, buffer[: len(words)])
+            block_part[...] = np.right_shift(words, shift, out=words)
+            block_part *= array.dtype.type(2.0**-bits)
+        return numbers
 
 
 def derive_seed(seed: int, *names: object) -> int:
@@ -161,6 +191,19 @@ def _to_signed_int64(word: int) -> int:
 def _logical_right_shift(words: Tensor, bits: int) -> Tensor:
     """Shift int64 words right and fill with zeros; torch's own shift copies the sign bit."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _count_random_bits(dtype: torch.dtype) -> int:
+    """Return the number of random bits of a uniform number."""
+    return 24 if dtype == torch.float32 else 53
+
+
+def _finalize_splitmix64_(words: NDArray[np.uint64], buffer: NDArray[np.uint64]) -> None:
+    """Mix the bits of each word in place; `buffer` has the shape of `words` and is overwritten."""
+    for bits, multiplier in ((30, _MIX_MULTIPLIER_1), (27, _MIX_MULTIPLIER_2), (31, 1)):
+        np.bitwise_xor(words, np.right_shift(words, np.uint64(bits), out=buffer), out=words)
+        if multiplier != 1:
+            np.multiply(words, np.uint64(multiplier % 2**64), out=words)
 
 
 def _finalize_splitmix64(words: Tensor) -> Tensor:

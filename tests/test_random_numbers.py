@@ -207,3 +207,13 @@ def test_rows_are_the_same_examples():
 
 def test_a_longer_draw_begins_like_a_shorter_one():
     assert torch.equal(rng(5).uniform((9,))[:, :4], rng(5).uniform((4,)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 300, 12_289])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_draws_the_numbers_of_torch(count, dtype):
+    """Bit by bit, for rows shorter and longer than a block, none, and ids that are a view."""
+    for ids in (torch.arange(0, 700, 7)[::2], torch.tensor([2**62 + 5, -9]), torch.arange(0)):
+        draws = ExampleRng.for_examples(ids, 5, "start")
+        fast, plain = draws._uniform_by_numpy(count, dtype), draws._uniform_by_torch(count, dtype)
+        assert fast.dtype == dtype and torch.equal(fast, plain)
