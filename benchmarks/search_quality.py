@@ -1,24 +1,17 @@
 """Replay samplers and schedulers on recorded curves, and print what each finds for how many epochs.
 
-    python benchmarks/search_quality.py [--table benchmarks/search_curves.npz] [--repeats 100]
-    python benchmarks/search_quality.py --spaces gairat --prefer-shared
+    python benchmarks/search_quality.py run --work FOLDER [--repeats 200] [--variants ...]
+    python benchmarks/search_quality.py report --work FOLDER [--figure FILE]
 
-A simulated sweep proposes settings, trains the nearest recorded one that it has not tried, stops
-trials as its scheduler says, and chooses the trial with the best validated epoch, as a real sweep
-does. What it found is judged on the test images, by the mean over the seeds of the setting: the
-sweep has seen neither. Costs are epochs that a sweep trains itself; epochs within a common burn-in
-are shared. Two trials run at once.
-
-Gain: 0 is the mean of all recorded settings, which is what a single random trial finds, and 1 is
-the best of them.
+`run` simulates sweeps (`search_simulator.py` says how) and writes what they found into FOLDER, and
+so does `search_anchors.py` with other tuners. `report` prints the tables and the goals of all that
+is there. A difference is said with its standard error.
 """
 
 import argparse
-import heapq
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,290 +20,132 @@ import optuna
 import torch
 from matplotlib.figure import Figure
 from measure import describe_machine, format_table
+from search_simulator import (
+    Asha,
+    NeverStop,
+    OptunaSearch,
+    Outcome,
+    Scheduler,
+    Search,
+    Table,
+    describe_mean,
+    evaluate,
+    load_outcomes,
+    load_table,
+    save_outcome,
+)
 
-from raysweep.sweep.optuna_study import to_sampler_trial
-from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
-from raysweep.sweep.trial import Trial
+from raysweep.sweep.search_space import Params, Sampler
 
-CONCURRENCY = 2
+N_RANDOM = 64
+"""Trials of the random search whose quality is to be had for a quarter of its epochs."""
 
 
 @dataclass
-class Table:
-    """Recorded settings of a space.
+class BelowPrediction:
+    """Stop a trial whose best result is predicted to stay below the best one of the sweep.
+
+    How much a trial still gains after an epoch is taken from earlier trials of the sweep: their
+    mean gain plus one standard deviation.
 
     Attributes:
-        space: The search space.
-        params: Params of each setting.
-        objective: Validated accuracy, (settings, seeds, epochs).
-        margin: Mean margin on the same examples, (settings, seeds, epochs).
-        test: Accuracy of the best checkpoint on test images, (settings, seeds).
-        burn_in: First epochs in which a setting's weights do not act, (settings,).
-        points: The settings in the unit cube, (settings, dimensions).
+        grace_period: Epoch of the first comparison.
+        min_trials: Earlier trials that a prediction needs.
     """
-
-    space: SearchSpace
-    params: list[Params]
-    objective: np.ndarray
-    margin: np.ndarray
-    test: np.ndarray
-    burn_in: np.ndarray
-    points: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.points = np.array([self.encode(params) for params in self.params])
-
-    @property
-    def n_epochs(self) -> int:
-        return self.objective.shape[2]
-
-    @cached_property
-    def truth(self) -> np.ndarray:
-        """What a setting is worth: the mean over its seeds on test images, (settings,)."""
-        return self.test.mean(1)
-
-    def encode(self, params: Params) -> list[float]:
-        """Return params as a point: ranges in [0, 1], a choice as one of several 1s."""
-        point: list[float] = []
-        for path, distribution in self.space.space.items():
-            value = params.get(path)
-            if distribution.categorical is not None:
-                point += [float(value == choice) / 2**0.5 for choice in distribution.categorical]
-                continue
-            low, high = distribution.bounds_or_choices()
-            scale = np.log if distribution.log else float
-            is_missing = value is None
-            part = (
-                (scale(value) - scale(low)) / (scale(high) - scale(low)) if not is_missing else 0.5
-            )
-            point.append(float(part))
-        return point
-
-    def find_nearest(self, params: Params, tried: Sequence[int]) -> int:
-        """Return the nearest setting that was not tried."""
-        distances = ((self.points - np.array(self.encode(params))) ** 2).sum(1)
-        distances[list(tried)] = np.inf
-        return int(distances.argmin())
-
-    def best_so_far(self, setting: int, seed: int, epochs: int) -> tuple[float, float]:
-        """Return the best objective up to an epoch after the burn-in, and its margin."""
-        first = self.burn_in[setting]
-        if epochs <= first:
-            return -1.0, 0.0
-        pairs = zip(
-            self.objective[setting, seed, first:epochs],
-            self.margin[setting, seed, first:epochs],
-            strict=True,
-        )
-        return max((float(value), float(margin)) for value, margin in pairs)
-
-
-def load_table(path: Path, name: str) -> Table:
-    """Read the settings of a space of which all seeds are recorded."""
-    runs = json.loads(np.load(path)["runs"].tobytes().decode())
-    by_number: dict[int, dict[int, dict[str, Any]]] = {}
-    for run in runs:
-        if run["space"] == name and "failed" not in run:
-            by_number.setdefault(run["number"], {})[run["seed"]] = run
-    complete = [seeds for _, seeds in sorted(by_number.items()) if len(seeds) == 2]
-    # Random settings of a conditional space may be equal.
-    rows = list({json.dumps(seeds[0]["params"]): seeds for seeds in complete}.values())
-    space = load_space(name, {"finalists": 0})
-
-    def curves(metric: str) -> np.ndarray:
-        return np.array([[seeds[seed]["curves"][metric] for seed in (0, 1)] for seeds in rows])
-
-    return Table(
-        space,
-        [seeds[0]["params"] for seeds in rows],
-        curves("robust_worst"),
-        curves("robust_margin"),
-        np.array([[seeds[seed]["test"] for seed in (0, 1)] for seeds in rows]),
-        np.array([seeds[0]["burn_in"] for seeds in rows]),
-    )
-
-
-class Proposer:
-    """A sampler as a sweep builds it, told of the settings that were really trained."""
-
-    def __init__(self, table: Table, sampler: Sampler) -> None:
-        self.space = table.space.replace(sampler=sampler)
-        self.params = table.params
-        self.study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler())
-        for point in self.space.initial_points:
-            self.study.enqueue_trial(self.space.optuna_params(point))
-
-    def propose(self) -> Params:
-        trial = self.study.ask()
-        params = self.space.suggest_params(trial)
-        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return params
-
-    def tell(self, setting: int, value: float) -> None:
-        best = {"epoch": 1.0, "robust_worst": value}
-        trial = Trial(setting, self.params[setting], "finished", best=best)
-        self.study.add_trial(to_sampler_trial(self.space, trial))
-
-
-class SharedProposer(Proposer):
-    """The same, but of two random candidates it takes the one that shares more epochs.
-
-    Only random candidates are equally promising: those at the start, or all of random search.
-    """
-
-    def __init__(self, table: Table, sampler: Sampler) -> None:
-        super().__init__(table, sampler)
-        self.table = table
-        self.n_points = len(self.space.initial_points)
-        self.n_random = np.inf if sampler.kind == "random" else sampler.n_startup_trials
-        self.n_proposed = 0
-
-    def propose(self) -> Params:
-        first = super().propose()
-        self.n_proposed += 1
-        if not self.n_points < self.n_proposed <= self.n_random:
-            return first
-        second = super().propose()
-        first_shared, second_shared = (
-            self.table.burn_in[self.table.find_nearest(params, [])] for params in (first, second)
-        )
-        return second if second_shared > first_shared else first
-
-
-@dataclass
-class Asha:
-    """ASHA as the sweep runs it."""
 
     grace_period: int
-    reduction_factor: int = 2
-    values: dict[int, list[float]] = field(default_factory=dict)
+    min_trials: int = 3
+    curves: dict[int, dict[int, float]] = field(default_factory=dict)
 
-    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
-        rung = self.grace_period
-        while rung < epoch:
-            rung *= self.reduction_factor
-        if rung != epoch or epoch >= table.n_epochs or epoch <= table.burn_in[setting]:
+    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+        self.curves.setdefault(setting, {})[epoch] = value
+        rises = [
+            max(curve.values()) - curve[epoch]
+            for other, curve in self.curves.items()
+            if other != setting and epoch in curve and table.n_epochs - 1 in curve
+        ]
+        if epoch < self.grace_period or len(rises) < self.min_trials:
             return False
-        value = float(table.objective[setting, seed, epoch - 1])
-        values = self.values.setdefault(rung, [])
-        values.append(value)
-        n_promoted = max(1, len(values) // self.reduction_factor)
-        return value < sorted(values)[-n_promoted]
+        best = max(max(curve.values()) for curve in self.curves.values())
+        return value + float(np.mean(rises) + np.std(rises)) < best
 
 
-class NeverStop:
-    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
-        return False
+class SharedSearch(OptunaSearch):
+    """The same, but of two random candidates it takes the one that shares more epochs."""
+
+    def draw(self) -> Params:
+        first = super().draw()
+        n_told = len(self.best) + len(self.pending)
+        if self.space.sampler.kind != "random" and n_told >= self.space.sampler.n_startup_trials:
+            return first
+        second = super().draw()
+        shared = [
+            self.table.burn_in[self.table.find_nearest(params, [])] for params in (first, second)
+        ]
+        return second if shared[1] > shared[0] else first
 
 
-def simulate(
+def build(
     table: Table,
-    proposer: Proposer,
-    scheduler: Any,
-    max_epochs: int,
-    shared_seed: int,
-) -> tuple[list[tuple[int, float]], list[int], list[int]]:
-    """Run a sweep on the table, until it has trained for `max_epochs`.
-
-    Returns:
-        After each trial the epochs trained and the truth of the choice; the settings in the order
-        of their trials; and those that were stopped.
-    """
-    tried: list[int] = []
-    running: list[tuple[float, int, int]] = []
-    ended: dict[int, int] = {}
-    shared, cost = 0, 0
-    trace: list[tuple[int, float]] = []
-
-    def start(now: float) -> None:
-        setting = table.find_nearest(proposer.propose(), tried)
-        tried.append(setting)
-        heapq.heappush(running, (now + 1, setting, 1))
-
-    for _ in range(CONCURRENCY):
-        start(0.0)
-    while running:
-        now, setting, epoch = heapq.heappop(running)
-        is_prefix = epoch <= min(int(table.burn_in[setting]), table.n_epochs)
-        if not is_prefix or epoch > shared:
-            cost += 1
-            shared = max(shared, epoch) if is_prefix else shared
-        if epoch < table.n_epochs and not scheduler.stops(table, setting, shared_seed, epoch):
-            heapq.heappush(running, (now + 1, setting, epoch + 1))
-            continue
-        ended[setting] = epoch
-        value, _ = table.best_so_far(setting, shared_seed, epoch)
-        if value >= 0:
-            proposer.tell(setting, value)
-        choice = max(ended, key=lambda index: table.best_so_far(index, shared_seed, ended[index]))
-        trace.append((cost, float(table.truth[choice])))
-        if cost < max_epochs and len(tried) < len(table.params):
-            start(now)
-    return trace, tried, [index for index, epochs in ended.items() if epochs < table.n_epochs]
+    repeat: int,
+    sampler: dict[str, Any],
+    make_scheduler: Callable[[], Scheduler],
+    with_points: bool = True,
+    search: type[OptunaSearch] = OptunaSearch,
+) -> Search:
+    """Build a search as the package does, with a seed of its own."""
+    points = table.space.initial_points if with_points else []
+    seeded = Sampler.from_data({**sampler, "seed": 1000 * repeat})
+    return search(table, seeded, make_scheduler(), points)
 
 
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "random": {"kind": "random"},
-    "tpe": {"kind": "tpe", "n_startup_trials": 6},
-    "gp": {"kind": "gp", "n_startup_trials": 6},
-}
-SCHEDULERS: dict[str, Callable[[], Any]] = {
-    "none": NeverStop,
-    "ASHA from 2": lambda: Asha(2),
-    "ASHA from 6": lambda: Asha(6),
+RANDOM = {"kind": "random"}
+TPE = {"kind": "tpe", "n_startup_trials": 6}
+GP = {"kind": "gp", "n_startup_trials": 6}
+VARIANTS: dict[str, Callable[[Table, int], Search]] = {
+    "random, none": partial(build, sampler=RANDOM, make_scheduler=NeverStop),
+    "random, ASHA from 2": partial(build, sampler=RANDOM, make_scheduler=partial(Asha, 2)),
+    "random, ASHA from 6": partial(build, sampler=RANDOM, make_scheduler=partial(Asha, 6)),
+    "TPE, none": partial(build, sampler=TPE, make_scheduler=NeverStop),
+    "TPE, ASHA from 2": partial(build, sampler=TPE, make_scheduler=partial(Asha, 2)),
+    "TPE, ASHA from 6": partial(build, sampler=TPE, make_scheduler=partial(Asha, 6)),
+    "TPE, ASHA from 6, 1 of 4": partial(build, sampler=TPE, make_scheduler=partial(Asha, 6, 4)),
+    "TPE, ASHA from 7": partial(build, sampler=TPE, make_scheduler=partial(Asha, 7)),
+    "TPE, predicted from 6": partial(
+        build, sampler=TPE, make_scheduler=partial(BelowPrediction, 6)
+    ),
+    "TPE, ASHA from 6, no points": partial(
+        build, sampler=TPE, make_scheduler=partial(Asha, 6), with_points=False
+    ),
+    "TPE, ASHA from 6, 3 random": partial(
+        build, sampler={**TPE, "n_startup_trials": 3}, make_scheduler=partial(Asha, 6)
+    ),
+    "TPE, ASHA from 6, prefers shared": partial(
+        build, sampler=TPE, make_scheduler=partial(Asha, 6), search=SharedSearch
+    ),
+    "GP, none": partial(build, sampler=GP, make_scheduler=NeverStop),
+    "GP, ASHA from 6": partial(build, sampler=GP, make_scheduler=partial(Asha, 6)),
+    "GP, ASHA from 6, 3 random": partial(
+        build, sampler={**GP, "n_startup_trials": 3}, make_scheduler=partial(Asha, 6)
+    ),
+    "GP, predicted from 6": partial(build, sampler=GP, make_scheduler=partial(BelowPrediction, 6)),
+    "GP, predicted from 6, 3 random": partial(
+        build,
+        sampler={**GP, "n_startup_trials": 3},
+        make_scheduler=partial(BelowPrediction, 6),
+    ),
 }
 
 
-def evaluate(
-    table: Table,
-    sampler: str,
-    scheduler: str,
-    max_epochs: int,
-    repeats: int,
-    make_proposer: type[Proposer] = Proposer,
-) -> tuple[np.ndarray, float, float]:
-    """Run many sweeps.
-
-    Returns:
-        The gain after 1, 2, ... epochs, (repeats, max_epochs); the share of the three best settings
-        of a sweep that were stopped; and the mean number of epochs of the first ten trials.
-    """
-    low, high = table.truth.mean(), table.truth.max()
-    gains = np.zeros((repeats, max_epochs))
-    n_wrong, ten_trials = 0, []
-    for repeat in range(repeats):
-        trace, tried, stopped = simulate(
-            table,
-            make_proposer(table, Sampler.from_data({**SAMPLERS[sampler], "seed": 1000 * repeat})),
-            SCHEDULERS[scheduler](),
-            max_epochs,
-            repeat % 2,
-        )
-        for cost, truth in trace:
-            gains[repeat, cost - 1 :] = (truth - low) / (high - low)
-        ten_trials.append(trace[:10][-1][0])
-        best = sorted(tried, key=lambda index: -table.truth[index])[:3]
-        n_wrong += sum(index in best for index in stopped)
-    return gains, n_wrong / (3 * repeats), float(np.mean(ten_trials))
-
-
-def draw_gains(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Draw the mean gain against the epochs trained, with two standard errors, for each space."""
-    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
-    for axes, (name, by_variant) in zip(
-        np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True
-    ):
-        for variant, gains in by_variant.items():
-            epochs, mean = np.arange(1, gains.shape[1] + 1), gains.mean(0)
-            error = 2 * gains.std(0) / len(gains) ** 0.5
-            (line,) = axes.plot(epochs, 1 - mean, label=variant, linewidth=1)
-            axes.fill_between(
-                epochs, 1 - mean - error, 1 - mean + error, color=line.get_color(), alpha=0.15
-            )
-        axes.set(title=name, xlabel="epochs trained", ylabel="regret (1: a random trial)")
-        axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
-    figure.savefig(path)
+def run(args: argparse.Namespace) -> None:
+    """Simulate the sweeps and write their outcomes."""
+    for space in args.spaces:
+        table = load_table(args.table, space)
+        for name in args.variants:
+            # Random search shows what its 64 trials find; the others have a quarter of the epochs.
+            n_trials = N_RANDOM if name == "random, none" else N_RANDOM // 4
+            outcome = evaluate(table, VARIANTS[name], n_trials * table.n_epochs, args.repeats)
+            save_outcome(args.work, space, name, outcome)
 
 
 def describe_signal(table: Table) -> str:
@@ -326,57 +161,133 @@ def describe_signal(table: Table) -> str:
     )
 
 
+def describe_difference(first: np.ndarray, second: np.ndarray) -> tuple[str, float]:
+    """Return the difference of two means with its standard error, and their ratio."""
+    difference = first.mean() - second.mean()
+    error = sum(values.var(ddof=1) / len(values) for values in (first, second)) ** 0.5
+    return f"{difference:+.3f} +- {error:.3f}", difference / error if error else 0.0
+
+
+def gain_at(outcome: Outcome, epochs: float) -> np.ndarray:
+    """Return the gains after so many epochs, (sweeps,)."""
+    return outcome.gains[:, min(round(epochs), outcome.gains.shape[1]) - 1]
+
+
+def list_goals(table: Table, outcomes: dict[str, Outcome], ours: str) -> list[list[str]]:
+    """Return the goals of a space: what, the figure, and whether it is met."""
+    chosen, random = outcomes[ours], outcomes["random, none"]
+    n_trials = min(N_RANDOM, len(table.params))
+    quarter = random.costs[n_trials - 1] / 4
+    size = chosen.costs[table.space.n_trials - 1]
+    text, ratio = describe_difference(gain_at(chosen, quarter), gain_at(random, 4 * quarter))
+    rows = [
+        [
+            f"as good in {quarter:.0f} epochs as {n_trials} random full-length trials in "
+            f"{4 * quarter:.0f}",
+            text,
+            "met" if ratio > -2 else "missed",
+        ]
+    ]
+    text, ratio = describe_difference(gain_at(chosen, size), gain_at(random, size))
+    gains = gain_at(chosen, size)
+    near = 1 - gains.mean() <= 2 * gains.std(ddof=1) / len(gains) ** 0.5
+    rows.append(
+        [
+            f"at the default size ({table.space.n_trials} trials, {size:.0f} epochs) better than "
+            "random full-length trials by two standard errors, or within them of the optimum",
+            f"{text}; gain {describe_mean(gains)}",
+            "met" if ratio >= 2 or near else "missed",
+        ]
+    )
+    for name, anchor in outcomes.items():
+        if name in VARIANTS:
+            continue
+        differences = [
+            describe_difference(gain_at(chosen, epochs), gain_at(anchor, epochs))
+            for epochs in (size, quarter)
+        ]
+        worst = min(ratio for _, ratio in differences)
+        rows.append(
+            [
+                f"ahead of {name} ({len(anchor.gains)} sweeps) after {size:.0f} and after "
+                f"{quarter:.0f} epochs",
+                "; ".join(text for text, _ in differences),
+                "met" if worst >= 2 else "not told apart" if worst > -2 else "missed",
+            ]
+        )
+    return rows
+
+
+def draw_regret(found: dict[str, dict[str, Outcome]], lines: Sequence[str], path: Path) -> None:
+    """Draw the mean regret against the epochs trained, with two standard errors, for each space."""
+    figure = Figure(figsize=(5 * len(found), 4.2), layout="constrained")
+    for axes, (space, outcomes) in zip(
+        np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True
+    ):
+        for name, outcome in outcomes.items():
+            if name in VARIANTS and name not in lines:
+                continue
+            gains = outcome.gains[:, : 16 * 8]
+            epochs, mean = np.arange(1, gains.shape[1] + 1), gains.mean(0)
+            error = 2 * gains.std(0, ddof=1) / len(gains) ** 0.5
+            style = "-" if name in VARIANTS else "--"
+            (line,) = axes.plot(epochs, 1 - mean, style, label=name, linewidth=1)
+            axes.fill_between(
+                epochs, 1 - mean - error, 1 - mean + error, color=line.get_color(), alpha=0.12
+            )
+        axes.set(title=space, xlabel="epochs trained", ylabel="regret (1: a random trial)")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=6)
+    figure.savefig(path)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print the tables and goals of all outcomes, and draw the figure."""
+    print(f"{describe_machine()}; +- standard error over the sweeps of this table")
+    found: dict[str, dict[str, Outcome]] = {}
+    for space in args.spaces:
+        table = load_table(args.table, space)
+        outcomes = found[space] = load_outcomes(args.work, space)
+        budgets = [factor * table.n_epochs for factor in (4, 8, 16)]
+        header = ["search", "sweeps", *(f"gain, {budget} epochs" for budget in budgets)]
+        header += ["best three stopped", f"epochs of {table.space.n_trials} trials"]
+        rows = [
+            [
+                name,
+                str(len(outcome.gains)),
+                *(describe_mean(gain_at(outcome, budget)) for budget in budgets),
+                f"{outcome.wrong:.0%}",
+                f"{outcome.costs[table.space.n_trials - 1]:.1f}",
+            ]
+            for name, outcome in outcomes.items()
+        ]
+        print(f"\n## {space}\n\n{describe_signal(table)}\n")
+        print(format_table(header, rows))
+        print()
+        goals = list_goals(table, outcomes, args.ours)
+        print(format_table([f"goal of `{args.ours}`", "difference", "result"], goals), flush=True)
+    if args.figure:
+        draw_regret(found, [args.ours, "random, none", "GP, none", "TPE, none"], args.figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
-    parser.add_argument(
-        "--prefer-shared",
-        action="store_true",
-        help="of two random candidates take the one that shares more epochs",
-    )
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--ours", default="TPE, ASHA from 6", choices=VARIANTS)
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
-    curves: dict[str, dict[str, np.ndarray]] = {}
-    print(f"{describe_machine()}; {args.repeats} simulated sweeps each, +- standard error")
-    for name in args.spaces:
-        table = load_table(args.table, name)
-        budgets = [factor * table.n_epochs for factor in (4, 8, 16)]
-        print(f"\n## {name}\n\n{describe_signal(table)}\n")
-        header = [
-            *("sampler", "scheduler"),
-            *(f"gain, {budget} epochs" for budget in budgets),
-            *("best three stopped", "epochs of ten trials"),
-        ]
-        rows: list[list[str]] = []
-        curves[name] = {}
-        for sampler in args.samplers:
-            for scheduler in SCHEDULERS:
-                gains, wrong, epochs = evaluate(
-                    table,
-                    sampler,
-                    scheduler,
-                    budgets[-1],
-                    args.repeats,
-                    SharedProposer if args.prefer_shared else Proposer,
-                )
-                curves[name][f"{sampler}, {scheduler}"] = gains
-                cells = [
-                    f"{column.mean():.2f} +- {column.std() / len(column) ** 0.5:.2f}"
-                    for column in gains[:, [budget - 1 for budget in budgets]].T
-                ]
-                rows.append([sampler, scheduler, *cells, f"{wrong:.0%}", f"{epochs:.1f}"])
-        print(format_table(header, rows), flush=True)
-    if args.figure:
-        draw_gains(curves, args.figure)
+    {"run": run, "report": report}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""Sweeps replayed on recorded curves, for `search_quality.py` and `search_anchors.py`.
+
+A simulated sweep proposes settings, trains the nearest recorded one that it has not tried, stops or
+pauses trials as its scheduler says, and chooses the trial with the best validated epoch so far, as
+a real sweep does. What it found is judged on the test images, by the mean over the seeds of the
+setting: the sweep has seen neither. Costs are epochs that a sweep trains itself; epochs within a
+common burn-in are shared. Two trials run at once.
+
+Gain: 0 is the mean of all recorded settings, which is what a single random trial finds, and 1 is
+the best of them.
+"""
+
+import heapq
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+
+from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
+
+CONCURRENCY = 2
+
+
+@dataclass
+class Table:
+    """Recorded curves of one space.
+
+    Attributes:
+        space: The search space.
+        params: The settings.
+        objective: robust_worst on validation images after each epoch, (settings, seeds, epochs).
+        margin: Mean margin on the same examples, (settings, seeds, epochs).
+        test: Accuracy of the best checkpoint on test images, (settings, seeds).
+        burn_in: First epochs in which a setting's weights do not act, (settings,).
+        points: The settings in the unit cube, (settings, dimensions).
+    """
+
+    space: SearchSpace
+    params: list[Params]
+    objective: np.ndarray
+    margin: np.ndarray
+    test: np.ndarray
+    burn_in: np.ndarray
+    points: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.points = np.array([self.encode(params) for params in self.params])
+
+    @property
+    def n_epochs(self) -> int:
+        return self.objective.shape[2]
+
+    @cached_property
+    def truth(self) -> np.ndarray:
+        """What a setting is worth: the mean over its seeds on test images, (settings,)."""
+        return self.test.mean(1)
+
+    def encode(self, params: Params) -> list[float]:
+        """Return params as a point: ranges in [0, 1], a choice as one of several 1s."""
+        point: list[float] = []
+        for path, distribution in self.space.space.items():
+            value = params.get(path)
+            if distribution.categorical is not None:
+                point += [float(value == choice) / 2**0.5 for choice in distribution.categorical]
+                continue
+            low, high = distribution.bounds_or_choices()
+            scale = np.log if distribution.log else float
+            is_missing = value is None
+            part = (
+                (scale(value) - scale(low)) / (scale(high) - scale(low)) if not is_missing else 0.5
+            )
+            point.append(float(part))
+        return point
+
+    def find_nearest(self, params: Params, tried: Sequence[int]) -> int:
+        """Return the nearest setting that was not tried."""
+        distances = ((self.points - np.array(self.encode(params))) ** 2).sum(1)
+        distances[list(tried)] = np.inf
+        return int(distances.argmin())
+
+    def rank_epoch(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
+        """Return the objective after an epoch and its margin; -1 within the burn-in."""
+        if epoch <= self.burn_in[setting]:
+            return -1.0, 0.0
+        index = (setting, seed, epoch - 1)
+        return float(self.objective[index]), float(self.margin[index])
+
+
+def load_table(path: Path, name: str) -> Table:
+    """Read the settings of a space of which all seeds are recorded."""
+    runs = json.loads(np.load(path)["runs"].tobytes().decode())
+    by_number: dict[int, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        if run["space"] == name and "failed" not in run:
+            by_number.setdefault(run["number"], {})[run["seed"]] = run
+    complete = [seeds for _, seeds in sorted(by_number.items()) if len(seeds) == 2]
+    # Random settings of a conditional space may be equal.
+    rows = list({json.dumps(seeds[0]["params"]): seeds for seeds in complete}.values())
+    space = load_space(name, {"finalists": 0})
+
+    def curves(metric: str) -> np.ndarray:
+        return np.array([[seeds[seed]["curves"][metric] for seed in (0, 1)] for seeds in rows])
+
+    return Table(
+        space,
+        [seeds[0]["params"] for seeds in rows],
+        curves("robust_worst"),
+        curves("robust_margin"),
+        np.array([[seeds[seed]["test"] for seed in (0, 1)] for seeds in rows]),
+        np.array([seeds[0]["burn_in"] for seeds in rows]),
+    )
+
+
+class Search(Protocol):
+    """A sampler and a scheduler."""
+
+    def propose(self, tried: Sequence[int]) -> int | None:
+        """Return the setting to train next, a new one or one that was paused; None to wait."""
+
+    def report(self, setting: int, epoch: int, value: float) -> bool:
+        """Take the objective after an epoch; return whether the trial trains another one."""
+
+
+class Scheduler(Protocol):
+    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool: ...
+
+
+class OptunaSearch:
+    """Optuna as a sweep uses it: told of running trials, and of the settings that were trained."""
+
+    def __init__(
+        self, table: Table, sampler: Sampler, scheduler: Scheduler, points: Sequence[Params]
+    ) -> None:
+        self.table, self.scheduler = table, scheduler
+        self.space = table.space.replace(sampler=sampler)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler())
+        self.points = [*points]
+        self.pending: dict[int, optuna.Trial] = {}
+        self.best: dict[int, float] = {}
+
+    def draw(self) -> Params:
+        draft = self.study.ask()
+        params = self.space.suggest_params(draft)
+        self.study.tell(draft, state=optuna.trial.TrialState.FAIL)
+        return params
+
+    def propose(self, tried: Sequence[int]) -> int | None:
+        if len(tried) == len(self.table.params):
+            return None
+        params = self.points.pop(0) if self.points else self.draw()
+        setting = self.table.find_nearest(params, tried)
+        with_inactive = self.space.sampler.models_inactive_params
+        self.study.enqueue_trial(
+            self.space.optuna_params(self.table.params[setting], with_inactive=with_inactive)
+        )
+        self.pending[setting] = self.study.ask()
+        self.space.suggest_params(self.pending[setting])
+        return setting
+
+    def report(self, setting: int, epoch: int, value: float) -> bool:
+        if epoch > self.table.burn_in[setting]:
+            self.best[setting] = max(value, self.best.get(setting, 0.0))
+            is_last = epoch == self.table.n_epochs
+            if not is_last and not self.scheduler.stops(self.table, setting, epoch, value):
+                return True
+            self.study.tell(self.pending.pop(setting), self.best[setting])
+            return False
+        return epoch < self.table.n_epochs
+
+
+@dataclass
+class Asha:
+    """ASHA as a sweep runs it."""
+
+    grace_period: int
+    reduction_factor: int = 2
+    values: dict[int, list[float]] = field(default_factory=dict)
+
+    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+        rung = self.grace_period
+        while rung < epoch:
+            rung *= self.reduction_factor
+        if rung != epoch:
+            return False
+        values = self.values.setdefault(rung, [])
+        values.append(value)
+        n_promoted = max(1, len(values) // self.reduction_factor)
+        return value < sorted(values)[-n_promoted]
+
+
+class NeverStop:
+    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+        return False
+
+
+@dataclass
+class Replay:
+    """What a simulated sweep did.
+
+    Attributes:
+        choice_by_epoch: The setting chosen after 1, 2, ... epochs trained; -1 before the first
+            result.
+        reached: Last epoch of each setting tried, in the order of the trials.
+        trained: Epochs that each of them trained itself.
+        unfinished: Settings that trained when the budget ended.
+    """
+
+    choice_by_epoch: list[int] = field(default_factory=list)
+    reached: dict[int, int] = field(default_factory=dict)
+    trained: dict[int, int] = field(default_factory=dict)
+    unfinished: set[int] = field(default_factory=set)
+
+
+def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay:
+    """Run a sweep on the table, until it has trained for `max_epochs`.
+
+    Args:
+        table: The curves.
+        search: Sampler and scheduler.
+        max_epochs: Epochs after which no trial trains another one.
+        seed: Which recorded seed the trials train with.
+    """
+    replay = Replay()
+    reached = replay.reached
+    running: list[tuple[float, int]] = []
+    shared, now = 0, 0.0
+    best, choice = (-1.0, 0.0), -1
+    while len(replay.choice_by_epoch) < max_epochs:
+        while len(running) < CONCURRENCY:
+            setting = search.propose([*reached])
+            if setting is None:
+                break
+            reached.setdefault(setting, 0)
+            replay.trained.setdefault(setting, 0)
+            heapq.heappush(running, (now + 1, setting))
+        if not running:
+            break
+        now, setting = heapq.heappop(running)
+        reached[setting] += 1
+        epoch = reached[setting]
+        is_prefix = epoch <= table.burn_in[setting]
+        rank = table.rank_epoch(setting, seed, epoch)
+        if rank > best:
+            best, choice = rank, setting
+        if not is_prefix or epoch > shared:
+            replay.choice_by_epoch.append(choice)
+            replay.trained[setting] += 1
+            shared = max(shared, epoch) if is_prefix else shared
+        elif replay.choice_by_epoch:
+            replay.choice_by_epoch[-1] = choice
+        if search.report(setting, epoch, float(table.objective[setting, seed, epoch - 1])):
+            heapq.heappush(running, (now + 1, setting))
+    replay.unfinished = {setting for _, setting in running}
+    return replay
+
+
+@dataclass
+class Outcome:
+    """Many simulated sweeps of one kind.
+
+    Attributes:
+        gains: Gain after 1, 2, ... epochs, (sweeps, max_epochs).
+        costs: Mean number of epochs that the first 1, 2, ... trials train.
+        wrong: Share of the three best settings tried by a sweep that were stopped.
+    """
+
+    gains: np.ndarray
+    costs: np.ndarray
+    wrong: float
+
+
+def evaluate(
+    table: Table,
+    make_search: Callable[[Table, int], Search],
+    max_epochs: int,
+    repeats: int,
+    max_trials: int = 64,
+) -> Outcome:
+    """Run many sweeps, on the two recorded seeds in turn."""
+    low, high = table.truth.mean(), table.truth.max()
+    gains, costs = np.zeros((repeats, max_epochs)), np.zeros((repeats, max_trials))
+    n_wrong = 0
+    for repeat in range(repeats):
+        replay = simulate(table, make_search(table, repeat), max_epochs, repeat % 2)
+        choices = np.array(replay.choice_by_epoch)
+        found = np.where(choices < 0, 0.0, (table.truth[choices] - low) / (high - low))
+        gains[repeat, : len(found)] = found
+        gains[repeat, len(found) :] = found[-1]
+        trained = [*replay.trained.values(), *[0] * max_trials][:max_trials]
+        costs[repeat] = np.cumsum(trained)
+        best = sorted(replay.reached, key=lambda index: -table.truth[index])[:3]
+        n_wrong += sum(
+            replay.reached[index] < table.n_epochs and index not in replay.unfinished
+            for index in best
+        )
+    return Outcome(gains, costs.mean(0), n_wrong / (3 * repeats))
+
+
+def save_outcome(work: Path, space: str, name: str, outcome: Outcome) -> None:
+    """Write an outcome into a folder, and print its end."""
+    work.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(work / f"{space}; {name}.npz", **vars(outcome))
+    print(f"{space}; {name}: {describe_mean(outcome.gains[:, -1])}", flush=True)
+
+
+def load_outcomes(work: Path, space: str) -> dict[str, Outcome]:
+    """Return the outcomes of a space in a folder, by their names."""
+    outcomes = {}
+    for path in sorted(work.glob(f"{space}; *.npz")):
+        values = np.load(path)
+        outcomes[path.stem.removeprefix(f"{space}; ")] = Outcome(
+            values["gains"], values["costs"], float(values["wrong"])
+        )
+    return outcomes
+
+
+def describe_mean(values: np.ndarray) -> str:
+    """Return the mean and its standard error."""
+    return f"{values.mean():.3f} +- {values.std(ddof=1) / len(values) ** 0.5:.3f}"
