@@ -49,11 +49,13 @@ class TestHangup:
         assert received == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
     @pytest.mark.needs_ray
-    def test_it_ends_a_driver_as_ctrl_c_does(self) -> None:
+    @pytest.mark.parametrize("on_ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+    def test_it_ends_a_driver_as_ctrl_c_does(self, on_ctrl_c: Any) -> None:
+        """Also a background job of a script, which ignores Ctrl-C."""
         from raysweep.sweep.cluster import _treat_termination_as_interrupt
 
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(signal.SIGINT, on_ctrl_c)
         try:
             with pytest.raises(KeyboardInterrupt), _treat_termination_as_interrupt():
                 signal.raise_signal(signal.SIGHUP)

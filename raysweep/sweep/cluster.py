@@ -211,6 +211,9 @@ def _treat_termination_as_interrupt() -> Iterator[None]:
             signal.Signals(number).name,
             extra={"is_shown_elsewhere": True},
         )
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # Shells start the background jobs of a script so: a raised SIGINT would do nothing.
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     with handle_termination_signals(interrupt):
