@@ -40,7 +40,9 @@ from raysweep.training.config import TrainingConfig
 
 LARGEST_LEARNING_RATE = 0.05
 N_TRAIN_DIGITS, N_VAL_DIGITS = 400, 100
+SHORT_VALIDATION: Mapping[str, Any] = {"validation.finish": {}, "validation.scales": []}
 ON_DIGITS: Mapping[str, Any] = {
+    **SHORT_VALIDATION,
     "data.name": "digits",
     "data.train_size": N_TRAIN_DIGITS,
     "data.val_size": N_VAL_DIGITS,
@@ -52,14 +54,16 @@ ON_DIGITS: Mapping[str, Any] = {
     "stages.train.seeds": [0],
 }
 ON_CIFAR10: Mapping[str, Any] = {
+    **SHORT_VALIDATION,
+    "validation.size": 100,
     "data.name": "arrays",
-    "data.train_size": 2000,
-    "data.val_size": 200,
-    "batch_size": 64,
+    "data.train_size": 1000,
+    "data.val_size": 100,
+    "batch_size": 32,
     "model.name": "digits_cnn",
     "method.attacks.*.steps": 5,
     "method.attacks.*.step_size": 2 / 255,
-    "stages.autoattack.n": 100,
+    "stages.autoattack.n": 50,
     "stages.train.seeds": [0],
 }
 TABLES_ON_CIFAR10 = ("gairat-table1", "lrat-table1")
@@ -105,7 +109,7 @@ def reduce_radii(name: str, figures: Sequence[str]) -> Reduction:
         "data.train_size": 200,
         "validation.train_examples": 200,
     }
-    return Reduction(15, settings, rows)
+    return Reduction(10, settings, rows)
 
 
 REDUCTIONS: Mapping[str, Reduction] = {
@@ -126,7 +130,6 @@ REDUCTIONS: Mapping[str, Reduction] = {
             "batch_size": 20,
             "method.attacks.*.steps": 5,
             "validation.attacks.*.steps": 10,
-            "validation.finish": {},
             "stages.autoattack.attacks": {"PGD-20": "pgd20"},
         },
     ),
