@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
     parser.add_argument("--anchors", nargs="+", default=list(ANCHORS), choices=ANCHORS)
     args = parser.parse_args()
@@ -298,7 +299,7 @@ def main() -> None:
     for space in args.spaces:
         table = load_table(args.table, space)
         for name in args.anchors:
-            outcome = evaluate(table, ANCHORS[name], 16 * table.n_epochs, args.repeats)
+            outcome = evaluate(table, ANCHORS[name], args.epochs, args.repeats)
             save_outcome(args.work, space, name, outcome)
 
 

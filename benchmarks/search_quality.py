@@ -143,8 +143,8 @@ def run(args: argparse.Namespace) -> None:
         table = load_table(args.table, space)
         for name in args.variants:
             # Random search shows what its 64 trials find; the others have a quarter of the epochs.
-            n_trials = N_RANDOM if name == "random, none" else N_RANDOM // 4
-            outcome = evaluate(table, VARIANTS[name], n_trials * table.n_epochs, args.repeats)
+            max_epochs = N_RANDOM * table.n_epochs if name == "random, none" else args.epochs
+            outcome = evaluate(table, VARIANTS[name], max_epochs, args.repeats)
             save_outcome(args.work, space, name, outcome)
 
 
@@ -170,7 +170,7 @@ def describe_difference(first: np.ndarray, second: np.ndarray) -> tuple[str, flo
 
 def gain_at(outcome: Outcome, epochs: float) -> np.ndarray:
     """Return the gains after so many epochs, (sweeps,)."""
-    return outcome.gains[:, min(round(epochs), outcome.gains.shape[1]) - 1]
+    return outcome.gains[:, round(epochs) - 1]
 
 
 def list_goals(table: Table, outcomes: dict[str, Outcome], ours: str) -> list[list[str]]:
@@ -255,7 +255,12 @@ def report(args: argparse.Namespace) -> None:
             [
                 name,
                 str(len(outcome.gains)),
-                *(describe_mean(gain_at(outcome, budget)) for budget in budgets),
+                *(
+                    describe_mean(gain_at(outcome, budget))
+                    if budget <= outcome.gains.shape[1]
+                    else ""
+                    for budget in budgets
+                ),
                 f"{outcome.wrong:.0%}",
                 f"{outcome.costs[table.space.n_trials - 1]:.1f}",
             ]
@@ -282,6 +287,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
     parser.add_argument("--ours", default="TPE, ASHA from 6", choices=VARIANTS)
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")
     args = parser.parse_args()
