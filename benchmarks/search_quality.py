@@ -91,13 +91,23 @@ def build(
     sampler: dict[str, Any],
     make_scheduler: Callable[[], Scheduler],
     with_points: bool = True,
+    near_base: bool = False,
     search: type[OptunaSearch] = OptunaSearch,
 ) -> Search:
     """Build a search as the package does, with a seed of its own."""
-    points = table.space.initial_points if with_points else []
+    points = [*table.space.initial_points] if with_points else []
+    if near_base and table.space.method == "gairat":
+        points[1:] = [NEAR_BASE]
     seeded = Sampler.from_data({**sampler, "seed": 1000 * repeat})
     return search(table, seeded, make_scheduler(), points)
 
+
+NEAR_BASE = {
+    "method.terms.pgd.weight.shape": "tanh",
+    "method.terms.pgd.weight.lam": 3.0,
+    "method.terms.pgd.weight.burn_in": 6,
+}
+"""The corner of GAIRAT's space that is nearest to AT, in place of its second starting point."""
 
 RANDOM = {"kind": "random"}
 TPE = {"kind": "tpe", "n_startup_trials": 6}
@@ -116,6 +126,15 @@ VARIANTS: dict[str, Callable[[Table, int], Search]] = {
     ),
     "TPE, ASHA from 6, no points": partial(
         build, sampler=TPE, make_scheduler=partial(Asha, 6), with_points=False
+    ),
+    "TPE, ASHA from 6, near base": partial(
+        build, sampler=TPE, make_scheduler=partial(Asha, 6), near_base=True
+    ),
+    "GP, ASHA from 6, 3 random, near base": partial(
+        build,
+        sampler={**GP, "n_startup_trials": 3},
+        make_scheduler=partial(Asha, 6),
+        near_base=True,
     ),
     "TPE, ASHA from 6, 3 random": partial(
         build, sampler={**TPE, "n_startup_trials": 3}, make_scheduler=partial(Asha, 6)

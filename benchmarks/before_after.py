@@ -1,0 +1,107 @@
+"""Run the same sweep with two versions of the code, and compare what their best trials withstand.
+
+    git worktree add FOLDER d5c5dbc
+    python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
+
+Both run in this environment, so the other commit needs the same dependencies. Each seed is that of
+the sampler and of the trainings. The best trial of each sweep is attacked by full AutoAttack on the
+whole test set. What has ended stays in WORK: the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import describe_machine, format_table
+
+from raysweep.atomic_files import atomic_open
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def call(code: Path, folder: Path, *arguments: str) -> Any:
+    """Run a command of a version of raysweep; return its JSON."""
+    command = [sys.executable, "-m", "raysweep", *arguments, "--out", str(folder), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(result.stdout)
+
+
+def run_sweep(code: Path, folder: Path, method: str, seed: int) -> dict[str, Any]:
+    """Run a sweep, or its rest, and attack its best trial.
+
+    Returns:
+        `robust`: accuracy under AutoAttack on test images; `epochs`: epochs trained by the sweep,
+        those of base runs included; `processor_seconds`: of what ran now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = ["tune", method, "--name", "sweep", "--set", f"sampler.seed={seed}"]
+    start += ["--set", f"seed={seed}"]
+    is_started = (folder / "runs" / "sweep" / "sweep.json").exists()
+    facts = call(code, folder, *(["tune", "--resume", "sweep"] if is_started else start))
+    evaluation = call(code, folder, "eval", "sweep")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "robust": evaluation["robust_accuracy"],
+        "epochs": facts["epochs"]["trained"],
+        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "machine": describe_machine(),
+    }
+
+
+def describe_mean(values: list[float]) -> str:
+    """Return the mean with its standard error, if there is one."""
+    if len(values) < 2:
+        return f"{np.mean(values):.3f}"
+    return f"{np.mean(values):.3f} +- {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--before", type=Path, required=True, help="checkout of the other commit")
+    parser.add_argument("--method", default="gairat")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    versions = {"before": args.before.resolve(), "after": HERE}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in versions}
+    for seed in range(args.seeds):
+        for name, code in versions.items():
+            folder = args.work.resolve() / f"{args.method}-{name}-{seed}"
+            path = folder / "result.json"
+            if not path.exists():
+                found = run_sweep(code, folder, args.method, seed)
+                with atomic_open(path) as file:
+                    file.write(json.dumps(found).encode())
+            results[name].append(json.loads(path.read_text()))
+            print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+    rows = [
+        [name, str(len(runs)), *(describe_mean([run[key] for run in runs]) for key in keys)]
+        for keys in [("robust", "epochs", "processor_seconds")]
+        for name, runs in results.items()
+    ]
+    difference = [
+        after["robust"] - before["robust"]
+        for before, after in zip(results["before"], results["after"], strict=True)
+    ]
+    header = ["version", "seeds", "AutoAttack on test", "epochs trained", "processor seconds"]
+    print(describe_machine())
+    print(format_table(header, rows))
+    print(f"after minus before, same seed: {describe_mean(difference)}")
+
+
+if __name__ == "__main__":
+    main()
