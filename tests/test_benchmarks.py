@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from raysweep.rng import ExampleRng
+from raysweep.training.presets import resolve_training_config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gair_fat_labels  # noqa: E402
+import paper_pipelines  # noqa: E402
 import training_step  # noqa: E402
 
 
@@ -54,6 +56,32 @@ def test_images_in_the_order_in_which_they_stopped_have_other_labels(digits) -> 
         assert torch.equal(theirs.x_adv, ours.x_adv[order])
         assert torch.equal(theirs.kappa, ours.kappa[order])
     assert order != list(range(32)), "some stop later than others"
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "expected"),
+    [
+        ("gairat-fig15-burn-in-60", 100, {"burn_in": 6, "boundaries": [2, 5]}),
+        ("gairat-fig18-tau-036", 100, {"burn_in": 7, "boundaries": [4, 7]}),
+        ("gairat-fig11-cyclic", 200, {"burn_in": 5, "epochs": [0, 4, 10], "lr": 0.05}),
+        ("gairat-table2", 100, {"burn_in": 7, "boundaries": [7, 8], "window": [8, 10]}),
+    ],
+)
+def test_a_reduced_row_has_a_tenth_of_the_epochs(preset: str, epochs: int, expected: dict) -> None:
+    overrides = {"protocol": "paper"} if "window" in expected else {}
+    config = resolve_training_config(preset, overrides)
+    settings = dict(paper_pipelines.iter_reduced_settings(config, 10, epochs))
+    lr = settings["optim.lr"]
+    tau = settings.get("method.attacks.pgd.tau", lr)
+    found = {
+        "burn_in": next(value for path, value in settings.items() if path.endswith("burn_in")),
+        "boundaries": tau.get("boundaries"),
+        "epochs": lr.get("epochs"),
+        "lr": max(lr["values"]),
+        "window": settings.get("validation.window"),
+    }
+    assert settings["epochs"] == 10
+    assert {name: found[name] for name in expected} == expected
 
 
 def ratios(printed: str) -> list[list[str]]:
