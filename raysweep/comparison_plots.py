@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from raysweep.attacks import PGD
 from raysweep.evaluation.paired_statistics import PairedDifference
 from raysweep.instance_weights import GeometryWeight, UniformWeight, WeightInputs
-from raysweep.plots import MetricHistory, select_metric
+from raysweep.plots import MetricHistory, label_epoch_axis, select_metric
 from raysweep.text_figure import TextFigure
 from raysweep.training.config import TrainingConfig
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.7, 2.1
-_LINE_STYLES = ("-", "--", ":", "-.")
+# Style of matplotlib -> its name.
+_LINE_STYLES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dotted"}
 _LABEL_SIZE = 7
 # Curves with more points are drawn without markers.
 _MAX_MARKED_POINTS = 20
@@ -249,8 +250,9 @@ def _draw_metrics(
                 color=f"C{number % 10}",
                 label=label if metric == metrics[0] else None,
             )
-            names[describe_metric(metric, run.config, is_error)] = None
-    axes.set_xlabel("epoch", fontsize=_LABEL_SIZE)
+            line_name = f" ({_LINE_STYLES[line_style]})" if len(metrics) > 1 else ""
+            names[describe_metric(metric, run.config, is_error) + line_name] = None
+    label_epoch_axis(axes, _LABEL_SIZE)
     axes.set_ylabel("\n".join(names), fontsize=_LABEL_SIZE)
 
 
@@ -264,6 +266,6 @@ def _draw_kappa(axes: Axes, run: PlottedRun) -> None:
     ):
         epochs, values = select_metric(run.history, metric)
         axes.plot(epochs, values, marker, markersize=3, linestyle="-", linewidth=0.5, label=label)
-    axes.set_xlabel("epoch", fontsize=_LABEL_SIZE)
+    label_epoch_axis(axes, _LABEL_SIZE)
     axes.set_ylabel("geometry value κ", fontsize=_LABEL_SIZE)
     axes.legend(fontsize=_LABEL_SIZE - 1)

@@ -153,4 +153,7 @@ def _draw_views(axes: Axes, points: np.ndarray, first: Tensor, second: Tensor) -
         axes.scatter(x, y, c=color, s=3, label=str(len(x)), rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(fontsize=_TITLE_SIZE - 1, loc="upper right")
+    # Below the panel: inside, it would hide points.
+    axes.legend(
+        fontsize=_TITLE_SIZE, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False
+    )

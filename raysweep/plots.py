@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from raysweep.text_figure import TextFigure
@@ -43,6 +44,31 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def create_epoch_axes(y_label: str) -> tuple[Figure, Axes]:
+    """Create a figure with one panel over epochs.
+
+    Args:
+        y_label: Label of the vertical axis.
+
+    Returns:
+        The figure and its axes.
+    """
+    figure, axes = create_axes("", y_label)
+    label_epoch_axis(axes)
+    return figure, axes
+
+
+def label_epoch_axis(axes: Axes, font_size: float | None = None) -> None:
+    """Label the horizontal axis of a panel over epochs; its ticks are whole numbers.
+
+    Args:
+        axes: The panel.
+        font_size: Size of the label in points (None: matplotlib's default).
+    """
+    axes.set_xlabel("epoch", fontsize=font_size)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+
+
 def select_metric(history: MetricHistory, metric: str) -> tuple[list[float], list[float]]:
     """Select a metric from the epochs that have it.
 
@@ -70,7 +96,7 @@ def plot_errors(history: MetricHistory) -> Figure:
     Returns:
         The figure; curves without a value are left out.
     """
-    figure, axes = create_axes("epoch", "error")
+    figure, axes = create_epoch_axes("error")
     training = {"natural": "train/natural", "under pgd": "train/robust"}
     if not any("train/robust" in metrics for metrics in history):
         for attack in _list_kappa_attacks(history):
@@ -97,7 +123,7 @@ def plot_kappa(history: MetricHistory, attack: str) -> Figure:
     Returns:
         The figure.
     """
-    figure, axes = create_axes("epoch", "geometry value κ")
+    figure, axes = create_epoch_axes("geometry value κ")
     for label, metric, style in (
         ("mean", f"train/kappa_{attack}", "x-"),
         ("median", f"train/kappa_median_{attack}", "o-"),
@@ -117,7 +143,7 @@ def plot_input_gradient_norms(history: MetricHistory) -> Figure:
         The figure, with means at friendly and at PGD-20 adversarial examples of the validation
         split.
     """
-    figure, axes = create_axes("epoch", "‖∇ℓ‖")
+    figure, axes = create_epoch_axes("‖∇ℓ‖")
     for label in ("friendly", "adversarial"):
         axes.plot(*select_metric(history, f"flatness_{label}"), label=label)
     axes.legend()

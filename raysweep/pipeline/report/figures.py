@@ -9,7 +9,7 @@ from matplotlib.ticker import NullLocator
 
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.published_results import PaperComparison
-from raysweep.plots import create_axes
+from raysweep.plots import create_axes, create_epoch_axes
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Distribution, param_labels
 from raysweep.sweep.trial import Trial
@@ -33,7 +33,7 @@ def plot_metric_curves(histories: Mapping[str, History], metric: str, y_label: s
         metric: Name of the metric.
         y_label: Label of the vertical axis.
     """
-    figure, axes = create_axes("epoch", y_label)
+    figure, axes = create_epoch_axes(y_label)
     for name, history in histories.items():
         rows = [row for row in history if metric in row]
         epochs, values = [row["epoch"] for row in rows], [row[metric] for row in rows]
@@ -176,14 +176,19 @@ def plot_accuracy_curves(
     """Plot test accuracy against one setting.
 
     Args:
-        accuracy_curves: For each curve, the accuracy by value of the setting.
+        accuracy_curves: For each curve, the accuracy by value of the setting. `NAME, best` and
+            `NAME, last` have one color; the last epoch is dashed.
         x_label: Label of the horizontal axis.
     """
     figure, axes = create_axes(x_label, "test accuracy")
+    colors: dict[str, str] = {}
     for name, points in accuracy_curves.items():
         values = sorted(points)
         accuracies = [points[value] for value in values]
-        axes.plot(values, accuracies, "o-", markersize=4, label=name)
+        row, _, checkpoint_kind = name.rpartition(", ")
+        color = colors.setdefault(row, f"C{len(colors) % 10}")
+        style = "o--" if checkpoint_kind == "last" else "o-"
+        axes.plot(values, accuracies, style, color=color, markersize=4, label=name)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
