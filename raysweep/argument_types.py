@@ -1,12 +1,44 @@
 """Check the arguments of raysweep's Python functions, whose callers have no parser before them."""
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 from raysweep.formatting import shorten_value
 from raysweep.spec import SpecError
 
 _MAX_DEPTH = 100
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def accept_scalars(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function so that it takes scalars of NumPy and PyTorch for plain arguments.
+
+    Args:
+        function: Any function. It receives an argument such as `numpy.int64(3)` or
+            `torch.tensor(0.1)` as the plain number, text, True or False that it stands for.
+    """
+
+    @functools.wraps(function)
+    def call_with_plain_values(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """Call the function."""
+        plain_args: Any = map(_to_plain_scalar, args)
+        plain_kwargs: Any = {name: _to_plain_scalar(value) for name, value in kwargs.items()}
+        return function(*plain_args, **plain_kwargs)
+
+    return call_with_plain_values
+
+
+def _to_plain_scalar(value: Any) -> Any:
+    """Return the plain value of an array without dimensions; any other value itself."""
+    return value.tolist() if _is_array(value) and value.shape == () else value
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is an array or scalar of NumPy or a tensor of PyTorch."""
+    return hasattr(value, "tolist") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def check_argument_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
@@ -38,6 +70,9 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
     Raises:
         SpecError: It is none of them, or lies in more than 100 lists and mappings. One line.
     """
+    # Before the others: NumPy's scalars include subclasses of float and str.
+    if _is_array(value):
+        return to_plain_value(name, value.tolist(), depth + 1)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
@@ -50,8 +85,6 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
         return {key: to_plain_value(name, item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain_value(name, item, depth + 1) for item in value]
-    if hasattr(value, "tolist") and hasattr(value, "dtype"):
-        return to_plain_value(name, value.tolist(), depth + 1)
     if hasattr(value, "__fspath__"):
         return to_plain_value(name, value.__fspath__())
     raise SpecError(

@@ -143,12 +143,12 @@ def evaluate_checkpoint(
         the accuracies may not be those on the whole set.
 
     Raises:
-        SpecError: If no attack can run on the model (see `evaluate`).
+        SpecError: If no attack can run on the model (see `evaluate`), or there are no test images.
     """
     from raysweep.evaluation import evaluate, show_evaluation_progress
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = dataset.test
+    split = dataset.require_test()
     rows = choose_subset_rows(split.y, n_examples, subset)
     with show_evaluation_progress() as progress:
         report = evaluate(

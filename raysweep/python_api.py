@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from raysweep.argument_types import check_argument_type, to_plain_value
+from raysweep.argument_types import accept_scalars, check_argument_type, to_plain_value
 from raysweep.code_files import CodeFile, open_code_file, open_function_file
 from raysweep.commands.run import EndedPipeline, RunRequest, run_pipeline_request
 from raysweep.commands.session import command_session
@@ -114,6 +114,7 @@ class PipelineResult:
     regressions: tuple[str, ...]
 
 
+@accept_scalars
 def tune(
     method: str | None = None,
     *,
@@ -145,8 +146,9 @@ def tune(
     Args:
         method: Name of the method, such as `gairat`; not needed with `space` or `resume`.
         data: Name of a data set (`digits`); its folder; or arrays of images, {"train": (x, y),
-            "test": (x, y)}, which are written below `runs/.arrays` (see `write_array_folder`). None
-            for the data set of `settings`, of the space, or the default.
+            "test": (x, y)} or only (x, y) without test images, which are written below
+            `runs/.arrays` (see `write_array_folder`). None for the data set of `settings`, of the
+            space, or the default.
         trials: Number of trials, at least 1; None for that of the space.
         settings: {dotted path: value} of settings, as with `--set`: training settings such as
             `epochs` or `*.eps`, and settings of the sweep such as `finalists`.
@@ -233,6 +235,7 @@ def tune(
         return Sweep(ledger)
 
 
+@accept_scalars
 def train(
     method: str | Path,
     *,
@@ -283,6 +286,7 @@ def train(
         return load_training_run(ended.run_folder)
 
 
+@accept_scalars
 def run(
     pipeline: str | Path,
     *,

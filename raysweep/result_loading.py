@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raysweep.argument_types import accept_scalars, check_argument_type
 from raysweep.bounded_files import FileTooLarge, read_parquet_table
 from raysweep.code_files import forget_code_afterwards, open_code_file, open_function_file
 from raysweep.errors import DamagedFileError
@@ -296,6 +297,7 @@ class Sweep:
         """The command line that resumes an interrupted sweep; "" for others."""
         return format_resume_command(self.ledger) if self.ledger.is_interrupted() else ""
 
+    @accept_scalars
     def advice(self, trial: int) -> list[str]:
         """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
 
@@ -306,8 +308,9 @@ class Sweep:
             Sentences; empty before the first epoch, or if no metric is conspicuous.
 
         Raises:
-            SpecError: The trial's last checkpoint is damaged.
+            SpecError: The trial's last checkpoint is damaged, or this is no number.
         """
+        check_argument_type("trial", trial, (int,), "the number of a trial")
         return advise_on_trial(self.ledger, trial)
 
     def _build_trial_row(

@@ -545,7 +545,9 @@ def test_a_randomised_model_under_the_rand_version():
         ({"eps": 8}, "did you mean 8/255"),
         ({"norm": "l2"}, "norm"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"shards": 0}, "shards must be 1 or more"),
+        ({"shards": np.int64(0)}, "shards must be 1 or more"),
+        ({"batch_size": 2.5}, "batch_size = 2.5: is not a whole number"),
+        ({"seed": "1"}, "seed = '1': is not a whole number"),
     ],
 )
 def test_wrong_input_is_refused(change, words):

@@ -88,11 +88,36 @@ def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
     assert model(torch.from_numpy(test[0][:3]) / 255).shape == (3, 4)
 
 
+@pytest.mark.mlflow
+def test_images_without_a_test_set_train_and_are_not_evaluated(workdir: Path, capsys) -> None:
+    x, y = make_images(120, 0)
+    settings = {**TINY, **ONE_RUN, "epochs": 1}
+    run = raysweep.train("at", data=(x, y), settings=settings, name="r")
+    assert run.state == "finished" and run.best["clean"] >= 0
+    again = raysweep.train("at", data={"train": (x, y)}, settings=settings, name="r")
+    assert again.best == run.best, "the same images"
+    assert main(["eval", "r"]) == 2
+    assert "has no test images, which this needs: put test.npz" in capsys.readouterr().err
+    (image_folder,) = (workdir / "runs" / ".arrays").iterdir()
+    assert main(["train", "at", "--data-dir", str(image_folder), "--plan"]) == 0
+    assert "none for test" in capsys.readouterr().out
+    Path("p.yaml").write_text(
+        "stages: [{kind: train, runs: {AT: {method: at}}}, {kind: autoattack, n: 4}]"
+    )
+    with pytest.raises(SpecError, match="has no test images"):
+        raysweep.run("p.yaml", data=(x, y), settings=TINY)
+    assert not list(workdir.glob("runs/pipelines/*/0*")), "nothing was started"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         ({"trials": 0}, "trials = 0: is not a whole number of at least 1"),
         ({"trials": True}, "trials = True: is not a whole number"),
+        ({"trials": np.int64(0)}, "trials = 0: is not a whole number of at least 1"),
+        ({"trials": np.float64(2)}, "trials = 2.0: is not a whole number"),
+        ({"max_seconds": torch.tensor(0)}, "max_seconds = 0: is not a number above 0"),
+        ({"retry_failed": np.bool_(True)}, "--retry-failed: names no sweep"),
         ({"workers": 1.5}, "workers = 1.5: is not a whole number"),
         ({"max_seconds": 0}, "max_seconds = 0: is not a number above 0"),
         ({"max_gpu_hours": float("nan")}, "max_gpu_hours = nan: is not a number of at least 0"),
@@ -101,8 +126,8 @@ def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
         ({"resume": "no"}, "no sweep in"),
         ({"retry_failed": True}, "--retry-failed: names no sweep"),
         ({"data": "digitz"}, "data: no data set 'digitz'; nearest: digits, and there is no such"),
-        ({"data": make_images(8, 0)}, "data: is not a pair of pairs; expected"),
-        ({"data": {"train": make_images(8, 0)}}, "data: has 'train'; expected"),
+        ({"data": make_images(8, 0)[0]}, "data: is not a pair; expected"),
+        ({"data": {"test": make_images(8, 0)}}, "data: has 'test'; expected"),
         ({"data": {"train": 3, "test": 4}}, "data['train']: is not a pair (x, y) of arrays"),
         (
             {"data": {"train": (np.zeros((4, 8, 8)), [0] * 4), "test": make_images(8, 0)}},
@@ -130,7 +155,7 @@ def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
         ({"out": "a\0b"}, "'a\\x00b': a path cannot have the character \\0"),
         ({"space": 3}, "space = 3: is not a path"),
         ({"address": 6379}, "address = 6379: is not a text"),
-        ({"data": 3}, "data: is not a pair of pairs"),
+        ({"data": 3}, "data: is not a pair; expected"),
         ({"data": "x" * 300}, "is too long for a path"),
         (
             {"data": {"train": (torch.zeros(2, requires_grad=True), [0, 1]), "test": (1, 2)}},

@@ -402,8 +402,9 @@ def _evaluate(
     bundle = _check_bundle_folder(request, target)
     dataset = target.data or load_test_data(data_spec)
     tracker = open_tracker(out)
-    n_examples = min(request.max_examples or len(dataset.test), len(dataset.test))
-    is_whole_test_set = n_examples == len(dataset.test)
+    n_test = len(dataset.require_test())
+    n_examples = min(request.max_examples or n_test, n_test)
+    is_whole_test_set = n_examples == n_test
     subset: SubsetChoice = "first" if is_whole_test_set else request.subset
     folder = choose_evaluation_folder(out, target, attack, data_spec, n_examples, subset=subset)
     with (

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 ImageArrays: TypeAlias = "Mapping[str, tuple[ArrayLike, ArrayLike]] | Sequence[Any]"
-"""Images with labels: {"train": (x, y), "test": (x, y)}, or ((x, y), (x, y)) in this order."""
+"""Images with labels: {"train": (x, y), "test": (x, y)}, or ((x, y), (x, y)) in this order. The
+test images may be left out: {"train": (x, y)}, or (x, y)."""
 
 ARRAYS_FOLDER = ".arrays"
 """Folder beside sweeps and runs in which the data sets of arrays are written."""
 _SPLIT_NAMES = ("train", "test")
 _EXPECTED = (
-    'expected {"train": (x, y), "test": (x, y)}; trainings use a part of the training images for '
-    "validation, and the test images for final results only"
+    'expected (x, y) or {"train": (x, y), "test": (x, y)}; trainings use a part of the training '
+    "images for validation, and the test images for final results only"
 )
 
 
@@ -32,16 +33,18 @@ def write_array_folder(arrays: ImageArrays, parent: Path) -> Path:
     """Write training and test images, unless the same ones have been written there before.
 
     Args:
-        arrays: Images and labels of both parts (see `ImageArrays`), as NumPy arrays, CPU
+        arrays: Images and labels (see `ImageArrays`), as NumPy arrays, CPU
             tensors or lists: `x` (N, C, H, W) uint8 in 0..255, or (N, H, W, C) if the shape shows
             which axis has the channels; `y` (N,) integers from 0.
         parent: Folder of the data sets of arrays; created if it is missing.
 
     Returns:
-        The folder of these images, named by their content, with `train.npz` and `test.npz`.
+        The folder of these images, named by their content, with `train.npz` and, if there are test
+        images, `test.npz`.
 
     Raises:
-        SpecError: A part is missing, or is not such images with one label each.
+        SpecError: The training images are missing, or a part is not such images with one label
+            each.
         InfrastructureError: The folder cannot be written.
     """
     checked: dict[str, tuple[PixelArray, LabelArray]] = {}
@@ -60,20 +63,17 @@ def write_array_folder(arrays: ImageArrays, parent: Path) -> Path:
 
 
 def _name_splits(arrays: ImageArrays) -> dict[str, Any]:
-    """Return the two pairs by their names. Raises SpecError if there are others."""
+    """Return the pairs by their names. Raises SpecError if there are others."""
     if isinstance(arrays, Mapping):
-        if set(arrays) != set(_SPLIT_NAMES):
+        if set(arrays) not in ({"train"}, set(_SPLIT_NAMES)):
             found = ", ".join(map(repr, arrays)) or "nothing"
             raise SpecError(f"data: has {found}; {_EXPECTED}")
-        return {name: arrays[name] for name in _SPLIT_NAMES}
-    is_pair_of_pairs = (
-        isinstance(arrays, Sequence)
-        and len(arrays) == 2
-        and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in arrays)
-    )
-    if not is_pair_of_pairs:
-        raise SpecError(f"data: is not a pair of pairs; {_EXPECTED}")
-    return dict(zip(_SPLIT_NAMES, arrays, strict=True))
+        return {name: arrays[name] for name in _SPLIT_NAMES if name in arrays}
+    if not isinstance(arrays, Sequence) or len(arrays) != 2:
+        raise SpecError(f"data: is not a pair; {_EXPECTED}")
+    if all(isinstance(pair, Sequence) and len(pair) == 2 for pair in arrays):
+        return dict(zip(_SPLIT_NAMES, arrays, strict=True))
+    return {"train": arrays}
 
 
 def _unpack_pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:

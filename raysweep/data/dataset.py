@@ -93,7 +93,7 @@ class DatasetSplits:
         train: Training examples.
         val: Validation examples, from the same files as `train`. The first n of them have about
             equally many examples of each class, for any n.
-        test: Test examples.
+        test: Test examples; none if the data set has no test images.
         channels: Number of image channels.
         classes: Number of classes.
         augment: Whether training batches are augmented.
@@ -125,6 +125,19 @@ class DatasetSplits:
         return replace(
             self, train=self.train.to(device), val=self.val.to(device), unlabeled=unlabeled
         )
+
+    def require_test(self) -> Split:
+        """Return the test examples.
+
+        Raises:
+            SpecError: There are none.
+        """
+        if not len(self.test):
+            raise SpecError(
+                "the data set has no test images, which this needs: put test.npz or test.parquet "
+                'beside the training images (in Python: data={"train": (x, y), "test": (x, y)})'
+            )
+        return self.test
 
     def count_train_batches(self, batch_size: int) -> int:
         """Return the number of batches of `iter_train_batches`."""
@@ -175,7 +188,7 @@ def load_data(spec: DataSpec) -> DatasetSplits:
     arrays = DATASET_LOADERS[spec.name](spec.data_dir, spec.download)
     classes = int(arrays.y_train.max()) + 1
     _check_all_classes(arrays.y_train, spec)
-    test_label = int(arrays.y_test.max())
+    test_label = int(arrays.y_test.max(initial=0))
     if test_label >= classes:
         raise SpecError(
             f"data {spec.name!r}: test has label {test_label}, train has 0..{classes - 1}"
@@ -272,7 +285,8 @@ def _warn_about_missing_classes(
     labels_by_part = {"training": y[train_rows], "validation": y[val_rows], "test": y_test}
     for name, labels in labels_by_part.items():
         missing = np.setdiff1d(present, labels)
-        if len(missing) and not (name == "validation" and len(labels) < len(present)):
+        is_expected = (name == "validation" and len(labels) < len(present)) or not len(labels)
+        if len(missing) and not is_expected:
             logger.warning(
                 "data %r: %s has no example of class %s%s",
                 spec.name,

@@ -42,7 +42,7 @@ class TrainTestArrays:
         x_train: Training images, (N, C, H, W) uint8 in 0..`pixel_max`.
         y_train: Training labels, (N,) int64 in 0..classes-1.
         x_test: Test images, as `x_train`.
-        y_test: Test labels, as `y_train`.
+        y_test: Test labels, as `y_train`; none if the data set has no test images.
         pixel_max: Pixel value that becomes 1.0.
     """
 
@@ -160,7 +160,8 @@ def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
 
     Args:
         data_dir: Folder of `train` and `test`, each .npz or .parquet with the arrays or columns `x`
-            (N, C, H, W) uint8 in 0..255 and `y` (N,) integers from 0; required.
+            (N, C, H, W) uint8 in 0..255 and `y` (N,) integers from 0; required. `test` may be
+            missing: then nothing can be evaluated on test images.
         download: Not used.
 
     Returns:
@@ -175,9 +176,10 @@ def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
             "data.data_dir is missing: data.name 'arrays' reads train.npz and test.npz "
             "(or .parquet) there"
         )
-    (x_train, y_train), (x_test, y_test) = (
-        _read_split_file(data_dir, split) for split in ("train", "test")
-    )
+    x_train, y_train = _read_split_file(data_dir, "train")
+    x_test, y_test = x_train[:0], y_train[:0]
+    if _find_split_file(data_dir, "test") is not None:
+        x_test, y_test = _read_split_file(data_dir, "test")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise SpecError(
             f"{data_dir}: train images are {x_train.shape[1:]}, test images {x_test.shape[1:]}"
@@ -375,18 +377,23 @@ def _to_label_array(labels: object) -> LabelArray:
 
 def _read_split_file(folder: Path, split_name: str) -> tuple[PixelArray, LabelArray]:
     """Read and check `split_name`.npz or `split_name`.parquet."""
-    for suffix, reader in ((".npz", read_npz), (".parquet", read_parquet)):
-        path = folder / f"{split_name}{suffix}"
-        if path.exists():
-            try:
-                x, y = reader(path)
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise DamagedFileError(f"{path}: cannot be read as {suffix}: {reason}") from error
-            return check_image_arrays(path, x, y)
-    raise SpecError(
-        f"data.data_dir {str(folder)!r} has no {split_name}.npz and no {split_name}.parquet"
-    )
+    path = _find_split_file(folder, split_name)
+    if path is None:
+        raise SpecError(
+            f"data.data_dir {str(folder)!r} has no {split_name}.npz and no {split_name}.parquet"
+        )
+    try:
+        x, y = _SPLIT_READERS[path.suffix](path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedFileError(f"{path}: cannot be read as {path.suffix}: {reason}") from error
+    return check_image_arrays(path, x, y)
+
+
+def _find_split_file(folder: Path, split_name: str) -> Path | None:
+    """Return the file of a split; None if there is none."""
+    paths = (folder / f"{split_name}{suffix}" for suffix in _SPLIT_READERS)
+    return next(filter(Path.exists, paths), None)
 
 
 def read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
@@ -454,6 +461,10 @@ def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     raise ValueError(
         "column x must be a fixed-shape tensor (arrow.fixed_shape_tensor) of shape C x H x W"
     )
+
+
+# Suffix of the file of a split -> its reader. The first that exists is read.
+_SPLIT_READERS = {".npz": read_npz, ".parquet": read_parquet}
 
 
 def check_image_arrays(

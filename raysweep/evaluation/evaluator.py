@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from raysweep.argument_types import accept_scalars, check_argument_type
 from raysweep.attacks import (
     APGD,
     FAB,
@@ -38,6 +39,7 @@ from raysweep.spec import SpecError, json_digest
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@accept_scalars
 def evaluate(
     model: nn.Module,
     x: Tensor | AnyArray,
@@ -139,9 +141,13 @@ def _check_arguments(
         raise SpecError(
             f"model must be a torch.nn.Module from images to logits, got {type(model).__name__}"
         )
-    for name, value in (("batch_size", options.batch_size), ("shards", options.n_shards)):
-        if value is not None and value < 1:
-            raise SpecError(f"{name} must be 1 or more, got {value}")
+    check_argument_type("seed", options.seed, (int,), "a whole number")
+    counts = {"batch_size": options.batch_size, "shards": options.n_shards, "tile": options.tile}
+    for name, value in counts.items():
+        if value is not None:
+            check_argument_type(name, value, (int,), "a whole number")
+            if value < 1:
+                raise SpecError(f"{name} must be 1 or more, got {value}")
     if not isinstance(attack, PGD | APGD | MultiTargeted | FAB | Square | AttackCascade):
         raise SpecError(
             "attack must be a name of `raysweep list` or a PGD, APGD, MultiTargeted, FAB, Square "

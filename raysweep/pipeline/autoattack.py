@@ -151,8 +151,9 @@ class AutoAttackStage(Stage):
         assert target.checkpoint is not None and target.data is not None
         config, data = target.checkpoint.config, target.data
         attack = self._build_attack_for(target, label)
-        count = min(self.n or len(data.test), len(data.test))
-        subset = self.subset if count < len(data.test) else "first"
+        n_test = len(data.require_test())
+        count = min(self.n or n_test, n_test)
+        subset = self.subset if count < n_test else "first"
         folder = choose_evaluation_folder(
             context.out, target, attack, config.data, count, self.seed, subset
         )
@@ -171,7 +172,7 @@ class AutoAttackStage(Stage):
         save_evaluation_files(report, folder, target, config.data)
         attack_or_name = self.attacks[label]
         attack_name = attack_or_name if isinstance(attack_or_name, str) else label
-        record = describe_evaluation(target, report, attack_name, count == len(data.test))
+        record = describe_evaluation(target, report, attack_name, count == n_test)
         run_ids: list[str] = []
         note_unrecorded(folder, dataclasses.asdict(record))
         context.records.write(
@@ -182,7 +183,7 @@ class AutoAttackStage(Stage):
             candidate=candidate,
             attack=label,
             is_autoattack=report.is_autoattack,
-            test_examples=len(data.test),
+            test_examples=n_test,
             # Without an answer of MLflow, `register` finds the run later.
             run_id=run_ids[0] if run_ids else "",
             folder=context.make_reference(folder),

@@ -1,5 +1,6 @@
 """A pipeline: stages in order, each of which runs once for equal inputs."""
 
+import functools
 import logging
 import shutil
 import time
@@ -319,7 +320,8 @@ def plan_stages(
 ) -> list[PlannedStage]:
     """Compute the digests and folders of all stages.
 
-    This loads the data sets, because their fingerprints are part of the digests.
+    This loads the data sets, because their fingerprints are part of the digests, and because stages
+    that evaluate need test images.
 
     Args:
         pipeline: The pipeline.
@@ -329,7 +331,11 @@ def plan_stages(
 
     Returns:
         The stages in order, each with its digest and folder.
+
+    Raises:
+        SpecError: A data set cannot be loaded, or lacks the test images that a stage needs.
     """
+    load_dataset = functools.cache(load_data)
     planned: list[PlannedStage] = []
     for number, (stage, upstream_configs) in enumerate(
         pipeline.iter_stages_with_received_configs(training_overrides)
@@ -338,8 +344,10 @@ def plan_stages(
         if not isinstance(stage, _TRAINING_STAGES):
             inputs = tuple(earlier.stage_digest for earlier in planned)
         configs = stage.list_training_configs(training_overrides, upstream_configs)
-        data_specs = {config.data.digest(): config.data for config in configs}
-        fingerprints = sorted({load_data(spec).fingerprint for spec in data_specs.values()})
+        fingerprints = sorted({load_dataset(config.data).fingerprint for config in configs})
+        if isinstance(stage, AutoAttackStage):
+            for config in upstream_configs:
+                load_dataset(config.data).require_test()
         digest = json_digest(
             [
                 stage.to_stored_dict(),

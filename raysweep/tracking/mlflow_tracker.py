@@ -843,7 +843,7 @@ def _request_server_version(uri: str) -> Any:
 
 
 def _make_dataset_inputs(spec: DataSpec, dataset: DatasetSplits) -> list[Any]:
-    """Return MLflow's entities for the training and the test set, as `mlflow.data` reads them."""
+    """Return MLflow's entities for the training and any test set, as `mlflow.data` reads them."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     if spec.data_dir is None:
@@ -854,6 +854,8 @@ def _make_dataset_inputs(spec: DataSpec, dataset: DatasetSplits) -> list[Any]:
         source_type, source = "local", {"uri": Path(spec.data_dir).absolute().as_uri()}
     inputs = []
     for context, split in {"training": dataset.train, "testing": dataset.test}.items():
+        if not len(split):
+            continue
         shape = [-1, *split.x.shape[1:]]
         schema = {
             "mlflow_tensorspec": {

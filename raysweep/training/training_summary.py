@@ -152,7 +152,8 @@ class _TrainingSummary:
         used = validation.select_split(data)
         is_test = validation.split == "test"
         split = "test" if is_test else "validation"
-        others = "" if is_test else f", {len(data.test)} for test"
+        n_test = len(data.test) or "none"
+        others = "" if is_test else f", {n_test} for test"
         yield (
             "images",
             f"{self.config.data.name}, {height} x {width} pixels, "

@@ -163,9 +163,10 @@ class Validation(Spec):
         if self.split == "val":
             return data.val
         # The first validation images have all classes; test sets are often sorted by class.
-        if self.size is None or self.size >= len(data.test):
-            return data.test
-        return data.test.select_rows(choose_subset_rows(data.test.y, self.size))
+        test = data.require_test()
+        if self.size is None or self.size >= len(test):
+            return test
+        return test.select_rows(choose_subset_rows(test.y, self.size))
 
     @property
     def threat(self) -> str:
