@@ -131,7 +131,7 @@ def record_work(work: UnrecordedWork, tracker: Tracker) -> None:
         records.finish()
         raise
     if n_missing := records.finish("; run `raysweep sync` again"):
-        raise InfrastructureError(f"{work.title}: MLflow lacks {format_count(n_missing, 'record')}")
+        raise InfrastructureError(f"MLflow lacks {format_count(n_missing, 'record')}")
 
 
 def _record_sweep(folder: StorePath, tracker: Tracker, records: RecordQueue) -> None:

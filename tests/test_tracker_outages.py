@@ -16,9 +16,13 @@ import forked_processes
 import optuna
 import pytest
 from mlflow_server import MlflowServer
+from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.cli import main
 from raysweep.errors import ExitCode
+from raysweep.pipeline.artifact import Artifact
+from raysweep.pipeline.facts import ReportFacts
+from raysweep.pipeline.report.stage import HTML_FILE, MARKDOWN_FILE
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
@@ -27,7 +31,7 @@ from raysweep.sweep.trial import Trial
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import trainer
 from raysweep.training.trainer import compute_step_gradients, train_model
-from raysweep.unrecorded_folders import note_unrecorded
+from raysweep.unrecorded_folders import UNRECORDED_FILE, note_unrecorded
 
 pytestmark = pytest.mark.mlflow
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
@@ -276,9 +280,46 @@ def test_damaged_work_keeps_no_other_from_mlflow(
     assert ["/a/sweep.json" in damaged[0], "/b/sweep.json" in damaged[1]] == [True, True]
     assert len(damaged) == 2
     assert main(["sync", "--json"]) == ExitCode.DAMAGED_FILE
-    assert json.loads(capsys.readouterr().out) == {"written": []}
+    result = json.loads(capsys.readouterr().out)
+    assert result["written"] == [] and len(result["failed"]) == 2
+    assert all("is damaged" in line for line in result["failed"])
     runs = list_runs(f"sqlite:///{workdir / 'mlflow.db'}")
     assert runs["0000 s1"].info.status == "FINISHED"
+
+
+def test_a_refused_record_keeps_neither_pipelines_nor_nightly_sweeps_from_mlflow(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow refuses a metric with such a long name. The evaluation comes before the pipeline."""
+    ledger = make_ledger(workdir, "pipelines/p/sweeps/night/at")
+    run_trial(ledger, 0, [])
+    evaluation, pipeline = workdir / "runs" / "r" / "eval-1", workdir / "runs" / "pipelines" / "p"
+    note = {"name": "r", "metrics": {"x" * 300: 0.5}, "run_id": None, "run_tags": {}}
+    for folder, content in ((ledger.path, {}), (evaluation, note), (pipeline, {})):
+        note_unrecorded(folder, content)
+    best = build_evaluation_result(build_candidate("AT"), 0.5)
+    facts = ReportFacts(best=best, verdict="AT is the best").to_stored_dict()
+
+    def write_reports(folder: Path) -> None:
+        for name in (HTML_FILE, MARKDOWN_FILE):
+            (folder / name).write_text(f"the report, {name}")
+
+    artifact = Artifact(kind="report", key="f00d", stage={}, inputs=(), facts=facts)
+    artifact.write(pipeline / "02-report-f00d", write_reports)
+    assert main(["sync"]) == ExitCode.INFRASTRUCTURE
+    out, err = capsys.readouterr()
+    assert out == "MLflow has all records of sweep at\nMLflow has all records of pipeline p\n"
+    problems = [line for line in err.splitlines() if line.startswith("raysweep: error: ")]
+    assert problems == ["raysweep: error: evaluation r/eval-1: MLflow lacks 1 record"]
+    runs = list_runs(f"sqlite:///{workdir / 'mlflow.db'}")
+    assert {"at", "0000 at", "p report"} <= runs.keys()
+    assert {runs[name].info.status for name in ("0000 at", "p report")} == {"FINISHED"}
+    assert runs["p report"].data.tags["mlflow.note.content"] == "- AT is the best"
+    artifacts = Path(runs["p report"].info.artifact_uri.removeprefix("file://"))
+    found = {file.name: file.read_text() for file in artifacts.glob("report/*")}
+    assert found == {name: f"the report, {name}" for name in (HTML_FILE, MARKDOWN_FILE)}
+    (left,) = workdir.rglob(UNRECORDED_FILE)
+    assert left.parent == evaluation
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from raysweep.errors import RaysweepError
+    from raysweep.tracking import Tracker
     from raysweep.unrecorded_work import UnrecordedWork
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "write to MLflow what it lacks after an outage or a killed driver"
 DESCRIPTION = (
@@ -74,14 +79,15 @@ def run_command(args: argparse.Namespace) -> None:
 
     Raises:
         SpecError: There is no work of a name.
-        InfrastructureError: MLflow does not answer or refused a record.
-        DamagedFileError: A file of a work is damaged; all other work is written.
+        InfrastructureError: MLflow or a bucket does not answer, or MLflow refused a record.
+        RaysweepError: A work failed, for example because a file of it is damaged. The others are
+            written. It has a line for each work that failed.
     """
     request = SyncRequest.from_args(args)
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
-    from raysweep.errors import InfrastructureError, RaysweepError
+    from raysweep.errors import InfrastructureError
     from raysweep.tracking import Tracker, tracking_uri
-    from raysweep.unrecorded_work import list_unrecorded_work, record_work
+    from raysweep.unrecorded_work import list_unrecorded_work
 
     out = make_writable_folder(request.out)
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
@@ -95,25 +101,43 @@ def run_command(args: argparse.Namespace) -> None:
         tracker = Tracker(tracking_uri(out), out / "mlruns").wait_until_ready()
         for work in works:
             print(f"{work.title} ...", file=sys.stderr)
-            try:
-                record_work(work, tracker)
-            except InfrastructureError:
-                raise
-            except RaysweepError as error:
-                # MLflow answers, so a damaged folder does not keep the others from being written.
-                errors.append(error)
-            else:
+            error = _try_to_record(work, tracker)
+            if error is None:
                 written.append(work.title)
+            else:
+                errors.append(error)
+    problems = [problem for error in errors for problem in error.problems]
     if request.as_json:
-        print(json.dumps({"written": written}, indent=1))
+        print(json.dumps({"written": written, "failed": problems}, indent=1))
     else:
         lines = [f"MLflow has all records of {title}" for title in written]
         if not works:
             lines = ["MLflow lacks nothing"]
         print(*lines, sep="\n", end="\n" if lines else "")
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        raise type(errors[0])(problems) from errors[0]
+        # If one is about the infrastructure, the same command can succeed later.
+        passing = (error for error in errors if isinstance(error, InfrastructureError))
+        raise type(next(passing, errors[0]))(problems)
+
+
+def _try_to_record(work: UnrecordedWork, tracker: Tracker) -> RaysweepError | None:
+    """Write what MLflow lacks of a work; return why it could not be written, or None."""
+    from raysweep.commands.session import find_expected_error
+    from raysweep.errors import is_interruption
+    from raysweep.output_streams import OutputClosed
+    from raysweep.unrecorded_work import record_work
+
+    try:
+        record_work(work, tracker)
+    except OutputClosed:
+        raise
+    except Exception as error:
+        expected = find_expected_error(error, "sync")
+        if expected is None or is_interruption(error):
+            raise
+        logger.info("%s cannot be written", work.title, exc_info=error)
+        return expected.with_prefix(f"{work.title}: ")
+    return None
 
 
 def _check_names(
