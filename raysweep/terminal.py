@@ -219,10 +219,14 @@ class SweepDisplay:
         if repeats:
             n_ended = sum(run.state != "running" for run in repeats)
             done += f", {n_ended} of {format_count(len(repeats), 'repeat')}"
-        seconds = self._timer.estimate_seconds_left(trials, [*base_runs, *repeats])
+        others = [*base_runs, *repeats]
+        seconds = self._timer.estimate_seconds_left(trials, others)
         if seconds is not None:
-            done += f", about {format_clock(seconds)} left"
-            if space.finalists:
+            attack_seconds = self._timer.estimate_autoattack_seconds_left(trials, others)
+            done += f", about {format_clock(seconds + (attack_seconds or 0))} left"
+            if attack_seconds:
+                done += f" with {format_clock(attack_seconds)} of AutoAttack"
+            elif attack_seconds is None:
                 done += " and AutoAttack"
         lines = [f"{done}; Ctrl-C stops"]
         objective = space.objectives[0]
@@ -287,8 +291,8 @@ class TrialTable:
     is the mean objective of the trials that were repeated, and the number of their seeds. `AA` is
     the accuracy under AutoAttack of the trials that it attacked at the end of the sweep. `like
     best` marks the trials that cannot be told apart from the best one. Where the table is too wide,
-    the searched settings stand below it, wrapped; a live table leaves them out. Where it is still
-    too wide, the accuracies under single attacks are left out.
+    the searched settings stand below it; a live table leaves them out. Where it is still too wide,
+    the accuracies under single attacks are left out.
     """
 
     def __init__(
@@ -336,7 +340,10 @@ class TrialTable:
         yield table
         if is_narrow and not self._is_live:
             yield ""
-            yield self._build_settings_table()
+            settings_table = self._build_settings_table()
+            if not self._fits(settings_table, console, options):
+                settings_table = self._build_wrapped_settings_table()
+            yield settings_table
         if self.caption:
             yield Text(show_characters(self.caption, line_breaks=True), style="italic")
 
@@ -376,6 +383,18 @@ class TrialTable:
         return table
 
     def _build_settings_table(self) -> Table:
+        """Build a table with a column for each of the searched settings."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("trial", no_wrap=True)
+        for label in self._labels.values():
+            table.add_column(label, justify="right")
+        for trial in self._trials:
+            if trial.kind == "trial":
+                values = [format_param(trial.params.get(path)) for path in self._labels]
+                table.add_row(f"{trial.number:04d}", *values)
+        return table
+
+    def _build_wrapped_settings_table(self) -> Table:
         """Build a table of the searched settings, in which those of a trial wrap."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("trial", no_wrap=True)

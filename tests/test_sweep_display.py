@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from raysweep.stores import open_path
+from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
 from raysweep.sweep.time_left import SweepTimer
@@ -100,6 +101,35 @@ def test_the_time_left_by_hand() -> None:
     timer = SweepTimer(wide, 8, 2, [])
     assert timer.estimate_seconds_left(ended, [base]) == pytest.approx(2 * 5)
     assert timer.estimate_seconds_left([*ended, replace(ended[0], number=8)], [base]) == 0.0
+
+
+def test_the_time_left_of_autoattack_by_hand() -> None:
+    """Of 5 trials 2 are attacked, and 3 base runs; the best 2 and then the best one get one more
+    seed.
+    """
+    objective = {"default": {"kind": "pgd", "eps": 0.1, "step_size": 0.02, "steps": 20}}
+    base = {"epochs": 8, "validation.attacks": objective, "validation.finish": {}}
+    data = {"method": "gairat", "trials": 5, "finalists": 2, "base_runs": 3, "repeat": 3}
+    data |= {"base": base, "space": {LR: {"float": [0.01, 0.5]}}}
+    space = SearchSpace.from_data(data)
+    assert space.leaders_by_round == [4, 2]
+    timer = SweepTimer(space, 8, 3, [])
+    assert timer.estimate_autoattack_seconds_left([Trial(0, {}, epoch=1)], []) is None
+    best = {"epoch": 1.0, "clean": 0.8, "robust_worst": 0.5, "validation_seconds": 2.5}
+    trials = [Trial(n, {}, state="finished", epoch=8, best=best) for n in range(5)]
+    # A validation passes each image once, 80% of them through 20 steps and, on the share of 0.25,
+    # twice again. AutoAttack: 100 steps of APGD, 9 targets of 100 steps each of APGD and FAB, and
+    # 5,000 queries of Square, each a third of a step, on the 50% that survive.
+    seconds = 2.5 * (0.8 + 0.5 * (100 + 900 + 900 + 5000 / 3)) / (1 + 0.8 * 20 * (1 + 2 * 0.25))
+    left = timer.estimate_autoattack_seconds_left(trials, [])
+    assert left == pytest.approx(seconds * (2 + 2 + 2 + 3) / 3), "three at a time"
+    result = FinalistResult(1, 0.4, 50, 0.1, "Linf", seconds=60.0)
+    trials[1] = replace(trials[1], finalist=result)
+    assert timer.estimate_autoattack_seconds_left(trials, []) == 8 * 60.0
+    trials[1] = replace(trials[1], finalist=replace(result, epoch=2))
+    assert timer.estimate_autoattack_seconds_left(trials, []) == left, "of another epoch"
+    without = SweepTimer(space.replace(finalists=0), 8, 3, [])
+    assert without.estimate_autoattack_seconds_left(trials, []) == 0.0
 
 
 def test_progress_within_an_epoch_is_written_and_shown(tmp_path: Path) -> None:
@@ -244,9 +274,18 @@ def test_metrics_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80 < max(map(len, wide.getvalue().splitlines()))
     (row,) = (line.split() for line in lines if "finished" in line)
     assert row[:7] == ["0003", "best@7", "of", "9", "0.812", "0.498", "0.045"]
-    # Every setting is there, as often as there are trials, and nothing is cut.
-    text = narrow.getvalue()
-    assert "…" not in text
-    for label in param_labels(list(space.space)).values():
-        assert text.count(f"{label}=0.123") == 2, label
+    # Every setting has a column of the second table, and nothing is cut.
+    assert "…" not in narrow.getvalue()
+    labels = list(param_labels(list(space.space)).values())
+    second = [line.split() for line in lines[lines.index("") + 1 :] if line]
+    assert second == [
+        ["trial", *labels],
+        *([n, *["0.123"] * len(labels)] for n in ("0003", "0004")),
+    ]
     assert len(wide.getvalue().splitlines()) == 3, "a wide terminal has one table"
+    # Where even these columns are too wide, the settings of a trial wrap.
+    narrowest = io.StringIO()
+    Console(file=narrowest, width=50).print(TrialTable(ledger, trials))
+    for label in labels:
+        assert narrowest.getvalue().count(f"{label}=0.123") == 2, label
+    assert max(map(len, narrowest.getvalue().splitlines())) <= 50

@@ -1,7 +1,9 @@
-"""How long a running sweep still takes, with early stopping and shared epochs."""
+"""How long a running sweep still takes, with early stopping, shared epochs and AutoAttack."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
+from raysweep.sweep.attack_timing import estimate_autoattack_seconds
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.plan import expected_trial_epochs
 from raysweep.sweep.search_space import SearchSpace
@@ -65,6 +67,45 @@ class SweepTimer:
         epochs_in_a_row = max(sum(lengths) / min(self._concurrency, len(lengths)), max(lengths))
         return seconds / n_epochs * epochs_in_a_row
 
+    def estimate_autoattack_seconds_left(
+        self, trials: Sequence[Trial], other_runs: Sequence[Trial]
+    ) -> float | None:
+        """Estimate the wall seconds that AutoAttack still takes on the finalists and base runs.
+
+        Args:
+            trials: All trials that have started, as they are now.
+            other_runs: All base runs and repeats that have started.
+
+        Returns:
+            The estimate, from the attacks that this process has seen or, before the first, from the
+            validations; None before the first validation.
+        """
+        runs = [*trials, *other_runs]
+        attacked = [run for run in runs if _has_current_attack(run)]
+        n_left = max(0, self._count_attacks() - len(attacked))
+        if not n_left:
+            return 0.0
+        new = [run for run in attacked if not _has_current_attack(self._before.get(run.key))]
+        if new:
+            return n_left * fmean(run.finalist.seconds for run in new if run.finalist)
+        validation = self._space.trial_config({}).validation
+        estimates = [
+            seconds
+            for run in runs
+            if (seconds := estimate_autoattack_seconds(validation, run.best)) is not None
+        ]
+        # The best trials are attacked, which are the most robust and so take longest.
+        return n_left * max(estimates) / self._concurrency if estimates else None
+
+    def _count_attacks(self) -> int:
+        """Return the number of trainings that AutoAttack attacks in the whole sweep."""
+        n_finalists = min(self._space.finalists or 0, self._space.n_trials)
+        if not n_finalists:
+            return 0
+        n_repeats = sum(min(n, n_finalists) for n in self._space.leaders_by_round)
+        n_base_runs = (self._space.base_runs or 0) if len(self._space.objectives) == 1 else 0
+        return n_finalists + n_repeats + n_base_runs
+
     def _list_expected_epochs(self, trials: Sequence[Trial]) -> list[float]:
         """List the epochs that each trial which has not ended is expected to need."""
         ended = [trial.epoch for trial in trials if trial.state in ("finished", "stopped")]
@@ -77,3 +118,10 @@ class SweepTimer:
         if len(ended) >= _MIN_ENDED_TRIALS:
             expected = sum(ended) / len(ended)
         return lengths + [expected] * max(0, self._space.n_trials - len(trials))
+
+
+def _has_current_attack(run: Trial | None) -> bool:
+    """Return whether AutoAttack has attacked the best epoch of a run."""
+    return (
+        run is not None and run.finalist is not None and run.finalist.epoch == run.best.get("epoch")
+    )
