@@ -13,6 +13,7 @@ import psutil
 
 from raysweep.errors import InfrastructureError
 from raysweep.file_privacy import make_folder_private, read_private_file, write_new_private_file
+from raysweep.sweep.ray_environment import set_environment
 from raysweep.user_folders import (
     can_create,
     create_private_folder,
@@ -67,12 +68,9 @@ def token_without_home() -> Iterator[None]:
         return
     path = create_private_folder() / "auth_token"
     logger.info("no home folder can be written: the token of Ray's clusters is %s", path)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    try:
+    with set_environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
         _secure_token(path)
         yield
-    finally:
-        del os.environ["RAY_AUTH_TOKEN_PATH"]
 
 
 def find_token_exposure() -> str:
@@ -180,19 +178,12 @@ def short_temporary_folder(folder: Path) -> Iterator[None]:
     Args:
         folder: The other folder, a private one.
     """
-    former = os.environ.get("TMPDIR")
     longest_path = f"{find_temporary_folder()}{_LONGEST_PYTHON_SOCKET}"
     if len(os.fsencode(longest_path)) <= _MAX_SOCKET_PATH:
         yield
         return
-    os.environ["TMPDIR"] = str(folder)
-    try:
+    with set_environment({"TMPDIR": str(folder)}):
         yield
-    finally:
-        if former is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = former
 
 
 def find_own_cluster() -> str:

@@ -1,7 +1,7 @@
 """Environment variables that raysweep sets for Ray while it uses a cluster."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 RAY_ENVIRONMENT = {
@@ -16,9 +16,9 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # raysweep reports a lost process in one line. Ray would print tracebacks on stdout.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Ray Train: notice a report soon after it is made, and start no actors that are not used.
+    # Ray Train: notice a report or a preemption soon, and start no actors that are not used.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """The variables and their values. Ray reads all of them when it uses them, none at its import."""
@@ -30,11 +30,25 @@ def ray_environment() -> Iterator[None]:
 
     Variables that the user has set keep their values. Afterwards the environment is as before.
     """
-    added_names = [name for name in RAY_ENVIRONMENT if name not in os.environ]
-    for name in added_names:
-        os.environ[name] = RAY_ENVIRONMENT[name]
+    values = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ}
+    with set_environment(values):
+        yield
+
+
+@contextmanager
+def set_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in this block, for this process and those that it starts.
+
+    Args:
+        values: {name: value}. Afterwards the variables have their former values.
+    """
+    former_values = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added_names:
-            os.environ.pop(name, None)
+        for name, former_value in former_values.items():
+            if former_value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = former_value

@@ -7,7 +7,6 @@ of Ray, and `check_ray_internals` checks all of them before any work starts.
 import importlib
 import ipaddress
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import ray
 
 from raysweep.errors import CompatibilityWarning, InfrastructureError
+from raysweep.sweep.ray_environment import set_environment
 
 KNOWN_RAY_VERSIONS = ("2.60",)
 """Versions of Ray that have all names and pass the tests of raysweep."""
@@ -171,10 +171,10 @@ RAY_INTERNALS = (
     ),
     RayInternal(
         "ray.train.v2._internal.constants",
-        "ENABLE_PREEMPTION_WATCHER_ENV_VAR",
+        "PREEMPTION_POLL_INTERVAL_S_ENV_VAR",
         "sweep",
-        "Ray starts an unused actor for each trial with several workers",
-        value="RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+        "trials with several workers hear of a preemption some seconds later",
+        value="RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S",
     ),
     RayInternal(
         "ray.train.v2._internal.constants",
@@ -227,19 +227,14 @@ def listen_on_loopback() -> Iterator[None]:
     constants = importlib.import_module(_LOOPBACK_SWITCH.module)
     variable = str(_LOOPBACK_VARIABLE.resolve())
     previous_switch = getattr(constants, _LOOPBACK_SWITCH.attribute)
-    previous_value = os.environ.get(variable)
     # The variable is for the processes that Ray starts; this one has read it already.
     setattr(constants, _LOOPBACK_SWITCH.attribute, False)
-    os.environ[variable] = "0"
     try:
-        _require_loopback_address()
-        yield
+        with set_environment({variable: "0"}):
+            _require_loopback_address()
+            yield
     finally:
         setattr(constants, _LOOPBACK_SWITCH.attribute, previous_switch)
-        if previous_value is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = previous_value
 
 
 @contextmanager
