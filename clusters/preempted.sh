@@ -21,9 +21,10 @@ watch() {
   echo "$(date -u +%FT%TZ) this machine is being taken away"
   # Nothing new comes here, and what goes does not count as failed.
   ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "spot notice" --deadline-remaining-seconds 100 || true
-  # Ray Tune's name for a trial, as far as the kernel keeps it. Each writes a checkpoint and ends.
+  # Ray Tune's name for a trial and Ray Train's for one of several workers of a trial, as far as the kernel keeps them.
+  # Each writes a checkpoint and ends; Ray itself tells the workers.
   pkill -TERM -u "$(id -u)" '^ray::ImplicitFu' || true
-  for _ in $(seq 60); do pgrep -u "$(id -u)" '^ray::ImplicitFu' > /dev/null || break; sleep 1; done
+  for _ in $(seq 60); do pgrep -u "$(id -u)" '^ray::(ImplicitFu|RayTrainWo)' > /dev/null || break; sleep 1; done
   ray stop
 }
 

@@ -1,10 +1,13 @@
 """Trials on several Ray workers: they survive, fail, are stopped, and release their resources."""
 
+import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, TrialUpdateListener
+from conftest import FORKED, TINY, TrialUpdateListener
 from process_tree import find_descendants
 from ray.util.placement_group import PlacementGroup
 from test_workers import difference
@@ -68,6 +71,74 @@ def test_workers_share_what_a_trial_holds() -> None:
         Resources(cpus=3, workers=2).max_concurrent_trials({"CPU": 3.0}, [one_each] * 3)
     with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):
         Resources(gpus=3, workers=2)
+
+
+@pytest.mark.ray
+def test_a_drained_node_and_a_sigterm_cost_a_group_nothing(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its workers is on the node that is drained; later its own process gets SIGTERM."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        """Leaves one CPU of the first node, so that a worker goes to the other one."""
+
+    first_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    holder = Holder.options(scheduling_strategy=first_node).remote()
+    ray.get(holder.__ray_ready__.remote())
+    node = ray_cluster.add_node(num_cpus=1, **FORKED)
+    settings = {**TINY, "epochs": 3, "data.train_size": None, "batch_size": 8}
+    ledger = sweep(tmp_path / "sweep", [0.05], base=settings)
+    run_path = tmp_path / "sweep" / "trials" / "0000"
+
+    def wait_for_half(previous: float = 0.0) -> float:
+        while (
+            not (run_path / "half").exists()
+            or (changed := (run_path / "half").stat().st_mtime) <= previous
+        ):
+            assert not is_over.wait(0.01), "nothing was saved in the middle of an epoch"
+        return changed
+
+    def disturb() -> None:
+        while not (run_path / "epoch-0001").exists():
+            is_over.wait(0.02)
+        gcs = ray._raylet.GcsClient(address=ray_cluster.address)
+        deadline = int(1000 * (time.time() + 600))
+        assert gcs.drain_node(node.node_id, 2, "a test", deadline)[0]
+        saved_at = wait_for_half()
+        ray.kill(holder)
+        while not (run_path / "epoch-0002").exists():
+            is_over.wait(0.02)
+        for process in find_descendants("ray::ImplicitFu"):
+            process.terminate()
+        wait_for_half(saved_at)
+
+    is_over = threading.Event()
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        run_sweep(ledger, [], Resources(cpus=2, workers=2))
+    finally:
+        is_over.set()
+        thread.join()
+        ray_cluster.remove_node(node)
+    (trial,) = ledger.load_trials()
+    assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == [1, 2, 3]
+    entries = read_log(ledger.trial_path(0))
+    for rank in (0, 1):
+        messages = [entry["message"] for entry in entries if entry.get("rank") == rank]
+        saved = [m for m in messages if m.startswith("interrupted in epoch ")]
+        resumed = [m for m in messages if m.startswith("resuming within epoch ")]
+        steps = [
+            re.findall(r"epoch (\d+),? after step (\d+)", " ".join(m)) for m in (saved, resumed)
+        ]
+        assert steps[0] == steps[1] and len(steps[0]) == 2
+    alone = train_model(ledger.space.trial_config(trial.params), tmp_path / "alone").last_checkpoint
+    last = RunDirectory(ledger.trial_path(0)).read_last_checkpoint()
+    assert last is not None and difference(last.local_folder, alone.local_folder) < 1e-3
+    assert not groups_held()
 
 
 @pytest.mark.ray

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny
 from safetensors.torch import load_file
+from test_preemption import same_run
 from torch import nn
 
 from raysweep.catalog import METHODS
@@ -30,6 +31,7 @@ from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
 from raysweep.training.distributed import DistributedWorkerGroup, WorkerLost, average_gradients
+from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.sync_batchnorm import _compute_global_statistics, convert_sync_batchnorm
 from raysweep.training.trainer import TrainingResult, train_model
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
@@ -119,6 +121,14 @@ def one_epoch(path: Path, workers: WorkerGroup) -> None:
         train_model(config(), path, FunctionCallback(stop), workers=workers)
 
 
+def leave_after(n_steps: int, path: Path, workers: WorkerGroup) -> None:
+    """Train some steps more; all workers count the same."""
+    steps_left = iter(range(n_steps - 1, -1, -1))
+    callback = FunctionCallback(should_interrupt=lambda: next(steps_left) == 0)
+    with pytest.raises(TrainingInterrupted):
+        train_model(config(), path, callback, workers=workers)
+
+
 def train_and_resume(path: Path) -> None:
     workers = DistributedWorkerGroup()
     reported: list[dict[str, float]] = []
@@ -129,6 +139,10 @@ def train_and_resume(path: Path) -> None:
         workers=workers,
     )
     train_model(config("lrat"), path / "lrat", workers=workers)
+    # After the first of the two steps of an epoch, then after the last one of the second epoch.
+    for folder, n_steps in (("handed over at a step", 1), ("left", 1), ("left", 3)):
+        leave_after(n_steps, path / folder, workers)
+    train_model(config(), path / "left", workers=workers)
     one_epoch(path / "handed over", workers)
     train_model(config(), path / "taken over", workers=workers)
     (path / f"{workers.rank}.json").write_text(json.dumps(reported))
@@ -205,6 +219,22 @@ def test_two_workers_train_the_weights_of_one(
     )
     lrat = train_model(config("lrat"), tmp_path / "lrat").last_checkpoint
     assert difference(two_workers / "lrat" / "epoch-0002", lrat.local_folder) < 2e-5
+
+
+def test_workers_that_leave_an_epoch_resume_with_the_same_bits(
+    two_workers: Path, trained_alone: TrainingResult, tmp_path: Path
+) -> None:
+    same_run(two_workers / "several", two_workers / "left")
+    assert not (two_workers / "left" / "half").exists()
+    # One worker continues what two of them left, with the sums of both.
+    run = shutil.copytree(two_workers / "handed over at a step", tmp_path / "run")
+    assert (run / "half" / "seen-1.safetensors").is_file()
+    resumed, alone = train_model(config(), run).last_checkpoint, trained_alone.last_checkpoint
+    assert difference(resumed.local_folder, alone.local_folder) < 1e-5
+    for row, expected in zip(resumed.history, alone.history, strict=True):
+        assert row == pytest.approx(
+            {**expected, **{key: row[key] for key in row if "seconds" in key}}, abs=1e-5
+        )
 
 
 def test_every_worker_reports_the_metrics_of_one(

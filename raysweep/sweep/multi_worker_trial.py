@@ -21,17 +21,20 @@ from ray.util.placement_group import (
 
 from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
 from raysweep.code_files import adopt_code_files, list_code_files
+from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import RaysweepError
 from raysweep.file_privacy import adopt_umask, read_umask
 from raysweep.logs import log_trial
 from raysweep.stores import StorePath, StoreUnavailable
+from raysweep.sweep.group_preemption import GroupInterruption, GroupPreemptionWatch, relay_sigterm
+from raysweep.sweep.preemption import exit_preempted, termination_requested
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.sweep.trial import Trial
-from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_progress import EpochProgressWriter, ProgressCallback
 from raysweep.training.failure_reports import (
     FAILURE_KEY,
     clear_failure_report,
@@ -39,6 +42,7 @@ from raysweep.training.failure_reports import (
     load_failure_report,
     save_failure_report,
 )
+from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PrefixCache
 from raysweep.training.resource_use import measure_resource_use
 from raysweep.training.trainer import TrainingFailed, train_model
@@ -60,7 +64,8 @@ def train_on_workers(
     """Train a trial on a group of workers, and report its epochs to Tune.
 
     When a worker dies, Ray Train starts the group again and training resumes from the last
-    checkpoint in the folder: only the current epoch is lost.
+    checkpoint in the folder: only the current epoch is lost. When a node is drained or this process
+    receives SIGTERM, the workers save the current epoch first, so that nothing is lost.
 
     Args:
         config: The trial's training config.
@@ -91,16 +96,28 @@ def _fit_group(
         # callbacks ignore those that they have received before.
         for metrics in RunDirectory(run_path).read_history():
             tune.report(metrics)
-        trainer = _build_torch_trainer(
-            config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset
-        )
-        with ray_environment():
-            trainer.fit()
+        with relay_sigterm(run_path), ray_environment():
+            interruption: GroupInterruption | None = GroupInterruption(())
+            while interruption is not None:
+                trainer = _build_torch_trainer(
+                    config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset
+                )
+                interruption = trainer.fit().return_value
+                if interruption is not None:
+                    _exit_if_preempted(interruption)
     except StoreUnavailable:
         raise
     except RaysweepError as error:
         logger.error("the workers cannot start: %s", error, exc_info=error)
         tune.report({**failure_report(error, config, run_path), "epoch": 0})
+
+
+def _exit_if_preempted(interruption: GroupInterruption) -> None:
+    """Exit this process if its own node is taken away, so that Tune starts the trial elsewhere."""
+    own_node = ray.get_runtime_context().get_node_id()
+    if termination_requested() or own_node in interruption.preempted_nodes:
+        exit_preempted()
+    logger.warning("a node is taken away: the group starts again elsewhere")
 
 
 def load_placement_group(run_path: StorePath) -> PlacementGroup | None:
@@ -211,8 +228,12 @@ def _build_torch_trainer(
     )
 
 
-def _run_worker(loop_config: dict[str, Any]) -> None:
-    """Train as one worker of the group, and report failures (Ray Train's loop function)."""
+def _run_worker(loop_config: dict[str, Any]) -> GroupInterruption | None:
+    """Train as one worker of the group, and report failures (Ray Train's loop function).
+
+    Returns:
+        Why the group ended in the middle of an epoch; None if it did not.
+    """
     adopt_umask(loop_config["umask"])
     adopt_unpacked_limit(loop_config["unpacked_limit"])
     adopt_code_files(loop_config["code_files"])
@@ -220,21 +241,22 @@ def _run_worker(loop_config: dict[str, Any]) -> None:
     run_path = loop_config["path"]
     rank = ray.train.get_context().get_world_rank()
     with log_trial(run_path, rank=rank):
-        _train_worker_and_report(config, run_path, loop_config)
+        return _train_worker_and_report(config, run_path, loop_config)
 
 
 def _train_worker_and_report(
     config: TrainingConfig, run_path: StorePath, loop_config: dict[str, Any]
-) -> None:
-    """Train as one worker whose log is open, and report failures."""
+) -> GroupInterruption | None:
+    """Train as one worker whose log is open, and report failures; returns as `_run_worker`."""
     from raysweep.training.distributed import WorkerLost
 
     try:
-        _train_worker(config, run_path, loop_config)
+        return _train_worker(config, run_path, loop_config)
     except TrainingFailed as error:
         logger.error("training failed: %s", error, exc_info=error)
         # All workers fail together.
         _report_metrics({FAILURE_KEY: str(error), "epoch": 0})
+        return None
     except (WorkerLost, StoreUnavailable) as error:
         logger.error("this worker ends, the group starts again: %s", error, exc_info=error)
         raise
@@ -245,8 +267,10 @@ def _train_worker_and_report(
         raise
 
 
-def _train_worker(config: TrainingConfig, run_path: StorePath, loop_config: dict[str, Any]) -> None:
-    """Train as one worker of the group; let errors pass."""
+def _train_worker(
+    config: TrainingConfig, run_path: StorePath, loop_config: dict[str, Any]
+) -> GroupInterruption | None:
+    """Train as one worker of the group; let errors pass. Returns as `_run_worker`."""
     import torch
 
     from raysweep.training.distributed import DistributedWorkerGroup, broadcast_int
@@ -258,7 +282,7 @@ def _train_worker(config: TrainingConfig, run_path: StorePath, loop_config: dict
     if broadcast_int(len(load_failure_report(run_path)), workers, device):
         # An error of this trial ended the last group, and would end each later group too.
         _report_metrics({**load_failure_report(run_path), "epoch": 0})
-        return
+        return None
     # Ray Train fetches a report with its next poll: of a group that died, the last two reports may
     # be lost.
     history = RunDirectory(run_path).read_history() if workers.rank == 0 else []
@@ -266,15 +290,25 @@ def _train_worker(config: TrainingConfig, run_path: StorePath, loop_config: dict
     for index in range(broadcast_int(len(last_rows), workers, device)):
         _report_metrics(last_rows[index] if last_rows else {})
     cached_dataset = loop_config["source"]
-    train_model(
-        config,
-        run_path,
-        FunctionCallback(_report_metrics),
-        data=cached_dataset.load_shared(config.data) if cached_dataset else None,
-        device=device,
-        workers=workers,
-        prefix_cache=loop_config["prefixes"],
-    )
+    data = cached_dataset.load_shared(config.data) if cached_dataset else load_data(config.data)
+    writer = None
+    if workers.rank == 0:
+        writer = EpochProgressWriter(run_path, data.count_train_batches(config.batch_size))
+    watch = GroupPreemptionWatch(run_path, workers, device)
+    try:
+        train_model(
+            config,
+            run_path,
+            ProgressCallback(writer, _report_metrics, watch.should_interrupt),
+            data=data,
+            device=device,
+            workers=workers,
+            prefix_cache=loop_config["prefixes"],
+        )
+    except TrainingInterrupted as error:
+        logger.info("this worker ends, a group starts elsewhere: %s", error)
+        return watch.interruption
+    return None
 
 
 def _report_metrics(

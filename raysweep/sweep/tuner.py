@@ -60,10 +60,9 @@ from raysweep.sweep.tune_callbacks import (
     SweepListener,
 )
 from raysweep.termination_signals import is_main_thread
-from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_progress import EpochProgressWriter
+from raysweep.training.epoch_progress import EpochProgressWriter, ProgressCallback
 from raysweep.training.failure_reports import describe_bug, failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
@@ -520,15 +519,8 @@ def _train_and_report(
     try:
         with defer_sigterm():
             data = dataset.load_shared(config.data)
-            progress = EpochProgressWriter(run_path, data.count_train_batches(config.batch_size))
-
-            def end_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
-                progress.delete()
-                report_epoch(metrics, checkpoint)
-
-            callback = FunctionCallback(
-                end_epoch, on_step_end=progress.record_step, should_interrupt=termination_requested
-            )
+            writer = EpochProgressWriter(run_path, data.count_train_batches(config.batch_size))
+            callback = ProgressCallback(writer, report_epoch, termination_requested)
             train_model(config, run_path, callback, data=data, prefix_cache=prefix_cache)
     except TrainingInterrupted:
         exit_preempted()

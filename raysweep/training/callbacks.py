@@ -34,10 +34,11 @@ class TrainingCallback:
         """
 
     def should_interrupt(self) -> bool:
-        """Decide after each step whether to interrupt training. Not called with several workers.
+        """Decide after each step whether to interrupt training.
 
         Returns:
-            True to save the unfinished epoch and raise `TrainingInterrupted`.
+            True to save the unfinished epoch and raise `TrainingInterrupted`. If several workers
+            train together, all of them must return the same.
         """
         return False
 

@@ -165,6 +165,24 @@ def average_metrics(
     }
 
 
+def gather_tensors(tensor: Tensor, workers: WorkerGroup) -> Tensor:
+    """Collect a tensor of each worker.
+
+    Args:
+        tensor: Tensor of the same shape and dtype on each worker.
+        workers: The processes.
+
+    Returns:
+        The tensors in the order of the ranks, (`workers.size`, ...), the same on each worker.
+
+    Raises:
+        WorkerLost: Another worker died.
+    """
+    rows = tensor.new_zeros(workers.size, *tensor.shape)
+    rows[workers.rank] = tensor
+    return workers.all_reduce_sum(rows)
+
+
 def gather_rows(share: torch.Tensor, n_rows: int, workers: WorkerGroup) -> torch.Tensor:
     """Collect the rows that were divided among the workers.
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from raysweep.atomic_files import atomic_write_text
 from raysweep.stored_data import Count
 from raysweep.stores import StoredFileNotFound, StorePath
+from raysweep.training.callbacks import TrainingCallback
+from raysweep.training.checkpoint import TrainingCheckpoint
+from raysweep.training.metric_history import EpochMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,39 @@ class EpochProgressWriter:
             self._file.unlink(missing_ok=True)
         except OSError as error:
             logger.info("%s stays behind: %s", self._file, error)
+
+
+class ProgressCallback(TrainingCallback):
+    """Callback of a trial: reports its epochs, and writes the progress within them."""
+
+    def __init__(
+        self,
+        writer: EpochProgressWriter | None,
+        report_epoch: Callable[[EpochMetrics, TrainingCheckpoint], object],
+        should_interrupt: Callable[[], bool],
+    ) -> None:
+        """Prepare the callback.
+
+        Args:
+            writer: Writes the progress; None on all workers but the first.
+            report_epoch: Receives what `TrainingCallback.on_epoch_end` does.
+            should_interrupt: See `TrainingCallback.should_interrupt`.
+        """
+        self._writer = writer
+        self._report_epoch = report_epoch
+        self._should_interrupt = should_interrupt
+
+    def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
+        if self._writer is not None:
+            self._writer.delete()
+        self._report_epoch(metrics, checkpoint)
+
+    def on_step_end(self, epoch: int, steps: int) -> None:
+        if self._writer is not None:
+            self._writer.record_step(epoch, steps)
+
+    def should_interrupt(self) -> bool:
+        return self._should_interrupt()
 
 
 def read_epoch_progress(run_path: StorePath, epoch: int) -> EpochProgress | None:

@@ -2,6 +2,7 @@
 
 The order of batches and all random numbers depend only on (seed, epoch, example). So the state
 consists of the weights, the momentum, the sums of the diagnostics and the number of finished steps.
+Several workers have the same weights and momentum; each has sums of its own.
 """
 
 import json
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -28,13 +30,16 @@ from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import EpochDiagnostics
+from raysweep.training.distributed import broadcast_int, gather_tensors
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 logger = logging.getLogger(__name__)
 
+# Diagnostics of the first worker, and of the others by their rank.
 _DIAGNOSTICS_FILE = "seen.safetensors"
-
+_OTHER_DIAGNOSTICS_FILE = "seen-{rank}.safetensors"
 
 # Without these there are no metrics of an epoch.
 _NEEDED_SUMS = {"sum rows", "sum loss"}
@@ -66,15 +71,18 @@ class MidEpochCheckpointer:
     """Saves an unfinished epoch when training is interrupted, and resumes it later.
 
     The checkpoint is the folder `half` of the run. It has the current weights and momentum, and the
-    metrics of the finished epochs.
+    metrics of the finished epochs. Of several workers the first one writes it. All of them must
+    call each method.
 
     Args:
-        should_interrupt: Called after each step; True interrupts training.
+        should_interrupt: Called after each step; True interrupts training. It must return the same
+            on all workers.
         run_directory: Folder of the run.
         config: Config of the run.
         model: The model that is trained.
         optimizer: Its optimizer.
         data_fingerprint: Fingerprint of the training data.
+        workers: The processes that train the model together.
     """
 
     def __init__(
@@ -85,7 +93,9 @@ class MidEpochCheckpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         data_fingerprint: str,
+        workers: WorkerGroup = SINGLE_WORKER,
     ) -> None:
+        self._workers = workers
         self._should_interrupt = should_interrupt
         self._run_directory = run_directory
         self._config = config
@@ -98,6 +108,8 @@ class MidEpochCheckpointer:
     def resume_epoch(self, history: list[EpochMetrics], diagnostics: EpochDiagnostics) -> int:
         """Start an epoch. Load the epoch's checkpoint if an earlier process was interrupted in it.
 
+        The number of workers may be another one than that of the earlier processes.
+
         Args:
             history: Metrics of the finished epochs.
             diagnostics: Empty; receives the sums over the steps that are done already.
@@ -106,17 +118,13 @@ class MidEpochCheckpointer:
             The number of steps of this epoch that are done already; 0 without a checkpoint.
         """
         self._history, self._started_at = history, time.perf_counter()
-        saved = self._read_checkpoint()
-        if saved is None or not self._is_resumable(saved):
+        found = self._find_partial_epoch()
+        is_found = torch.tensor(int(found is not None), device=self._device)
+        if int(self._workers.all_reduce_sum(is_found)) < self._workers.size or found is None:
             return 0
-        try:
-            partial_epoch = _read_partial_epoch(saved)
-        except DamagedFileError as error:
-            logger.warning(_DAMAGED_MESSAGE, error)
-            return 0
+        saved, partial_epoch = found
         saved.load_training_state(self._model, self._optimizer)
-        device = next(self._model.parameters()).device
-        sums = {name: tensor.to(device) for name, tensor in partial_epoch.sums.items()}
+        sums = {name: tensor.to(self._device) for name, tensor in partial_epoch.sums.items()}
         diagnostics.restore_state(sums, partial_epoch.edges)
         self._started_at -= partial_epoch.seconds
         return partial_epoch.steps
@@ -138,15 +146,24 @@ class MidEpochCheckpointer:
         sums, edges = diagnostics.export_state()
         seconds = time.perf_counter() - self._started_at
         facts = {"steps": str(steps_done), "seconds": str(seconds), "edges": json.dumps(edges)}
-        checkpoint.save_checkpoint(
-            self._run_directory.mid_epoch_path,
-            self._config,
-            self._model,
-            self._optimizer,
-            self._history,
-            self._data_fingerprint,
-            extra_files={_DIAGNOSTICS_FILE: save(sums, facts)},
-        )
+        rows = {name: gather_tensors(tensor, self._workers) for name, tensor in sums.items()}
+        if self._workers.rank == 0:
+            checkpoint.save_checkpoint(
+                self._run_directory.mid_epoch_path,
+                self._config,
+                self._model,
+                self._optimizer,
+                self._history,
+                self._data_fingerprint,
+                extra_files={
+                    _name_diagnostics_file(rank): save(
+                        {name: tensors[rank].clone() for name, tensors in rows.items()}, facts
+                    )
+                    for rank in range(self._workers.size)
+                },
+            )
+        # No worker may end before the first one has written it.
+        broadcast_int(0, self._workers, self._device)
         logger.warning(
             "interrupted in epoch %d after step %d; all progress is saved",
             len(self._history) + 1,
@@ -162,6 +179,22 @@ class MidEpochCheckpointer:
     def elapsed_seconds(self) -> float:
         """Training time of this epoch so far, including that of earlier processes."""
         return time.perf_counter() - self._started_at
+
+    @property
+    def _device(self) -> torch.device:
+        """Device of the model."""
+        return next(self._model.parameters()).device
+
+    def _find_partial_epoch(self) -> tuple[TrainingCheckpoint, _PartialEpoch] | None:
+        """Return the checkpoint of this epoch and this worker's diagnostics; None without one."""
+        saved = self._read_checkpoint()
+        if saved is None or not self._is_resumable(saved):
+            return None
+        try:
+            return saved, _read_worker_share(saved, self._workers)
+        except DamagedFileError as error:
+            logger.warning(_DAMAGED_MESSAGE, error)
+            return None
 
     def _read_checkpoint(self) -> TrainingCheckpoint | None:
         """Read the run's mid-epoch checkpoint; None if it is missing or damaged."""
@@ -182,13 +215,39 @@ class MidEpochCheckpointer:
         )
 
 
-def _read_partial_epoch(saved: TrainingCheckpoint) -> _PartialEpoch:
-    """Read the diagnostics of a checkpoint within an epoch, which its hashes do not cover.
+def _name_diagnostics_file(rank: int) -> str:
+    """Return the name of the file with a worker's diagnostics."""
+    return _OTHER_DIAGNOSTICS_FILE.format(rank=rank) if rank else _DIAGNOSTICS_FILE
+
+
+def _read_worker_share(saved: TrainingCheckpoint, workers: WorkerGroup) -> _PartialEpoch:
+    """Read the diagnostics of a checkpoint within an epoch that a worker continues from.
+
+    They are its own. If there were more workers, those of the others are divided among the workers
+    of now; if there were fewer, a new one has none.
 
     Raises:
         DamagedFileError: They are missing, or have wrong types or shapes.
     """
-    path = saved.local_folder / _DIAGNOSTICS_FILE
+    n_saved = 1
+    while (saved.local_folder / _name_diagnostics_file(n_saved)).is_file():
+        n_saved += 1
+    first = _read_partial_epoch(saved.local_folder / _DIAGNOSTICS_FILE)
+    sums = {name: torch.zeros_like(tensor) for name, tensor in first.sums.items()}
+    for rank in range(workers.rank, n_saved, workers.size):
+        share = _read_partial_epoch(saved.local_folder / _name_diagnostics_file(rank))
+        if share.sums.keys() != sums.keys() or share.steps != first.steps:
+            raise DamagedFileError(f"{saved.path}: its workers had finished different steps")
+        sums = {name: total + share.sums[name] for name, total in sums.items()}
+    return first._replace(sums=sums)
+
+
+def _read_partial_epoch(path: Path) -> _PartialEpoch:
+    """Read a worker's diagnostics, which the hashes of the checkpoint do not cover.
+
+    Raises:
+        DamagedFileError: They are missing, or have wrong types or shapes.
+    """
     try:
         if not path.is_file():
             raise ValueError("there is no such file")

@@ -257,16 +257,15 @@ class _TrainingRun:
             )
         self.device_data = self.data.to(self.device)
         self.validation_data = self.config.validation.select_split(self.data).to(self.device)
-        self.checkpointer: MidEpochCheckpointer | None = None
-        if self.workers.size == 1:
-            self.checkpointer = MidEpochCheckpointer(
-                self.callback.should_interrupt,
-                self.directory,
-                self.config,
-                self.model,
-                self.optimizer,
-                self.data.fingerprint,
-            )
+        self.checkpointer = MidEpochCheckpointer(
+            self.callback.should_interrupt,
+            self.directory,
+            self.config,
+            self.model,
+            self.optimizer,
+            self.data.fingerprint,
+            self.workers,
+        )
         self.last_checkpoint: TrainingCheckpoint | None = None
         # The best epoch is one of those whose checkpoints exist. An earlier version of raysweep may
         # have kept other ones than this would have.
@@ -377,7 +376,6 @@ class _TrainingRun:
         """
         epoch_config = self.config.resolve_at(epoch)
         self._apply_optimizer_settings(epoch_config.optim)
-        started_at = time.perf_counter()
         diagnostics = EpochDiagnostics(epoch_config.method, self.workers)
         self._run_steps(epoch_config.method, epoch, diagnostics)
         metrics: EpochMetrics = {
@@ -391,11 +389,7 @@ class _TrainingRun:
                 f"the loss became {loss} in epoch {epoch + 1}; a smaller optim.lr may help"
             )
         # The checkpointer also counts the time that earlier processes spent on this epoch.
-        metrics["train/seconds"] = (
-            self.checkpointer.elapsed_seconds
-            if self.checkpointer is not None
-            else time.perf_counter() - started_at
-        )
+        metrics["train/seconds"] = self.checkpointer.elapsed_seconds
         verdicts = None
         if self.config.is_validated(epoch):
             validation_metrics, verdicts = self._validate(epoch)
@@ -417,9 +411,7 @@ class _TrainingRun:
 
     def _run_steps(self, method: Method, epoch: int, diagnostics: EpochDiagnostics) -> None:
         """Run the epoch's steps, except those that an interrupted process has already done."""
-        n_done = 0
-        if self.checkpointer is not None:
-            n_done = self.checkpointer.resume_epoch(self.history, diagnostics)
+        n_done = self.checkpointer.resume_epoch(self.history, diagnostics)
         if n_done:
             logger.info(
                 "resuming within epoch %d, after step %d",
@@ -444,8 +436,7 @@ class _TrainingRun:
                 self.optimizer.step()
                 diagnostics.add_batch(output, batch.y)
                 self.callback.on_step_end(epoch + 1, steps)
-                if self.checkpointer is not None:
-                    self.checkpointer.save_if_interrupted(steps, diagnostics)
+                self.checkpointer.save_if_interrupted(steps, diagnostics)
 
     def _validate(self, epoch: int) -> tuple[EpochMetrics, ExampleVerdicts]:
         """Measure the model on validation data, and on some training images."""
