@@ -254,12 +254,21 @@ class CountsItsReading:
 def test_a_worker_of_a_map_reads_the_model_once(ray_cluster, tmp_path: Path) -> None:
     from raysweep.sweep.ray_map import RayMap
 
-    for name in ("first", "second"):
-        results = list(RayMap(cpus=0.5)(CountsItsReading(tmp_path / name), range(8)))
+    processes: dict[str, set[int]] = {}
+    node = ray_cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
+    for name in ("first", "second", "first on GPUs", "second on GPUs"):
+        ray_map = RayMap(cpus=0.5, gpus=1 if "GPUs" in name else 0)
+        results = list(ray_map(CountsItsReading(tmp_path / name), range(8)))
         assert sorted(item for item, _ in results) == list(range(8))
         readers = (tmp_path / name).read_text().split()
         assert len(readers) == len(set(readers)) < 8
-        assert {int(reader) for reader in readers} == {process for _, process in results}
+        processes[name] = {process for _, process in results}
+        assert {int(reader) for reader in readers} == processes[name]
+    on_gpus = processes["first on GPUs"]
+    assert on_gpus.isdisjoint(processes["first"] | processes["second on GPUs"]), (
+        "a process that has used a GPU gets no other one"
+    )
+    ray_cluster.remove_node(node)
 
 
 LAYERS = """

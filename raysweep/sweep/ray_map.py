@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import ray
 from ray import cloudpickle
@@ -21,12 +21,18 @@ logger = logging.getLogger(__name__)
 
 _PYTHON_FOLDERS = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib")]
 
+# One reference, in a list.
+_FunctionReferences: TypeAlias = "list[ray.ObjectRef[Callable[[Any], Any]]]"
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class RayMap:
     """A parallel map, one task for each item, for `evaluate(..., map=RayMap())`.
+
+    A worker reads the function once. On GPUs the workers are actors, which end with the map: Ray
+    gives a process that runs tasks another GPU in the next map, but CUDA stays on the first one.
 
     Args:
         cpus: CPUs that a task holds; also sets its number of threads.
@@ -35,13 +41,14 @@ class RayMap:
     """
 
     def __init__(self, cpus: float = 1, gpus: float = 0, retries: int = 5) -> None:
-        self._task_options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
+        self._amounts = {"num_cpus": cpus, "num_gpus": gpus}
+        self._retries = retries
         self._n_threads = max(1, int(cpus))
 
     @property
     def width(self) -> int:
         """Number of tasks that the cluster runs at the same time, at least 1."""
-        amounts = {"CPU": self._task_options["num_cpus"], "GPU": self._task_options["num_gpus"]}
+        amounts = {"CPU": self._amounts["num_cpus"], "GPU": self._amounts["num_gpus"]}
         cluster = cluster_capacity()
         ratios = [cluster.get(kind, 0) / amount for kind, amount in amounts.items() if amount]
         return max(1, int(min(ratios)))
@@ -65,12 +72,10 @@ class RayMap:
                 lock.
             InfrastructureError: If it needs a package that the nodes do not have.
         """
-        task = ray.remote(_run_item).options(**self._task_options)
-        function_reference = _put_with_code(function)
         # Within a list a reference stays one, so that a worker reads the function only once.
-        pending = [task.remote([function_reference], item, self._n_threads) for item in items]
-        while pending:
-            (finished,), pending = ray.wait(pending, num_returns=1)
+        references = [_put_with_code(function)]
+        iter_finished = self._run_in_actors if self._amounts["num_gpus"] else self._run_in_tasks
+        for finished in iter_finished(references, items):
             try:
                 yield ray.get(finished)
             except ray.exceptions.RayError as error:
@@ -80,6 +85,49 @@ class RayMap:
                 raise InfrastructureError(
                     f"the nodes of the cluster have no module {missing[1]!r}, which the model needs"
                 ) from error
+
+    def _run_in_tasks(
+        self, references: "_FunctionReferences", items: Sequence[Item]
+    ) -> Iterator["ray.ObjectRef[Any]"]:
+        """Yield the references of the results, in the order in which tasks finish."""
+        task = ray.remote(_run_item).options(**self._amounts, max_retries=self._retries)
+        pending = [task.remote(references, item, self._n_threads) for item in items]
+        while pending:
+            (finished,), pending = ray.wait(pending, num_returns=1)
+            yield finished
+
+    def _run_in_actors(
+        self, references: "_FunctionReferences", items: Sequence[Item]
+    ) -> Iterator["ray.ObjectRef[Any]"]:
+        """Yield the references of the results, in the order in which the actors' calls finish."""
+        actor_class = ray.remote(_ItemRunner).options(
+            **self._amounts, max_restarts=self._retries, max_task_retries=self._retries
+        )
+        actors = [actor_class.remote() for _ in range(min(self.width, len(items)))]
+        # An actor gets an item once it runs: for some there may be no room yet.
+        starting = {actor.__ray_ready__.remote(): actor for actor in actors}
+        working: dict[ray.ObjectRef[Any], Any] = {}
+        waiting = list(reversed(items))
+        try:
+            while waiting or working:
+                (finished,), _ = ray.wait([*starting, *working], num_returns=1)
+                actor = starting.pop(finished, None) or working[finished]
+                if waiting:
+                    reference = actor.run.remote(references, waiting.pop(), self._n_threads)
+                    working[reference] = actor
+                if working.pop(finished, None) is not None:
+                    yield finished
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _ItemRunner:
+    """An actor that applies functions to items, on the GPU that it holds for its whole life."""
+
+    def run(self, references: "_FunctionReferences", item: Any, n_threads: int) -> Any:
+        """Apply the function to one item."""
+        return _run_item(references, item, n_threads)
 
 
 def _put_with_code(function: Callable[[Item], Result]) -> "ray.ObjectRef[Callable[[Item], Result]]":
@@ -119,16 +167,12 @@ def _is_users_own(module: ModuleType) -> bool:
     return not (is_installed or is_pythons) and sys.modules.get(name) is module
 
 
-def _run_item(
-    function_references: "list[ray.ObjectRef[Callable[[Item], Result]]]",
-    item: Item,
-    n_threads: int,
-) -> Any:
-    """Apply the function to one item, in a task on a worker."""
+def _run_item(references: "_FunctionReferences", item: Any, n_threads: int) -> Any:
+    """Apply the function to one item, on a worker."""
     import torch
 
     torch.set_num_threads(n_threads)
-    (function_reference,) = function_references
+    (function_reference,) = references
     function = _get_function(function_reference)
     model = getattr(function, "model", None)
     if model is not None and ray.get_gpu_ids():
