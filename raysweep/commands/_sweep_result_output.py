@@ -56,7 +56,7 @@ def print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -
     print(f"\nbest checkpoint\n  {ledger.best_checkpoint_path(best)}")
     print(f"next\n  raysweep eval {ledger.name}/{best.number:04d}{flags}")
     print(f"  raysweep show {ledger.name}{flags}\n  {format_ui_command(tracker.uri)}")
-    print(f"charts\n  {tracker.find_chart_url(ledger.key)}")
+    print(f"charts\n  {tracker.find_chart_url(ledger.key, ledger.space.objectives[0])}")
 
 
 def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:

@@ -1,7 +1,7 @@
 """How long a running sweep still takes, with early stopping, shared epochs and AutoAttack."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from raysweep.sweep.attack_timing import estimate_autoattack_seconds
 from raysweep.sweep.epoch_counts import count_epochs
@@ -94,8 +94,8 @@ class SweepTimer:
             for run in runs
             if (seconds := estimate_autoattack_seconds(validation, run.best)) is not None
         ]
-        # The best trials are attacked, which are the most robust and so take longest.
-        return n_left * max(estimates) / self._concurrency if estimates else None
+        # Some validations were slow because of other work on their machine.
+        return n_left * median(estimates) / self._concurrency if estimates else None
 
     def _count_attacks(self) -> int:
         """Return the number of trainings that AutoAttack attacks in the whole sweep."""

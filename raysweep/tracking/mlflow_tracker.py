@@ -407,11 +407,13 @@ class Tracker:
         client, _ = self._open_store()
         client.log_artifact(run_id, str(path), artifact_folder)
 
-    def find_chart_url(self, sweep_key: str) -> str:
-        """Return the page of MLflow with the charts of a sweep.
+    def find_chart_url(self, sweep_key: str, objective: str) -> str:
+        """Return the page of MLflow with the charts of a sweep, its best trials first.
 
         Args:
             sweep_key: `Ledger.key`.
+            objective: Metric by whose best value the trials are sorted. Unsorted, MLflow would hide
+                them below the run of the sweep, and their charts with them.
 
         Returns:
             A URL of the server; for other stores that of `mlflow ui` on this machine.
@@ -419,9 +421,10 @@ class Tracker:
         _, experiment_id = self._connection.result()
         server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
         search = quote(_make_filter({"raysweep.sweep": sweep_key}), safe="")
+        order = quote(f"metrics.`best/{objective}`", safe="")
         return (
             f"{redact_secrets(server)}/#/experiments/{experiment_id}/runs"
-            f"?searchFilter={search}&compareRunsMode=CHART"
+            f"?searchFilter={search}&orderByKey={order}&orderByAsc=false&compareRunsMode=CHART"
         )
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
