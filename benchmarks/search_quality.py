@@ -75,7 +75,7 @@ class SharedSearch(OptunaSearch):
 
     def draw(self) -> Params:
         first = super().draw()
-        n_told = len(self.best) + len(self.pending)
+        n_told = len(self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
         if self.space.sampler.kind != "random" and n_told >= self.space.sampler.n_startup_trials:
             return first
         second = super().draw()
@@ -163,7 +163,9 @@ def run(args: argparse.Namespace) -> None:
         for name in args.variants:
             # Random search shows what its 64 trials find; the others have a quarter of the epochs.
             max_epochs = N_RANDOM * table.n_epochs if name == "random, none" else args.epochs
+            table.n_averaged = args.average
             outcome = evaluate(table, VARIANTS[name], max_epochs, args.repeats)
+            name = f"{name}, mean of {args.average}" if args.average > 1 else name
             save_outcome(args.work, space, name, outcome)
 
 
@@ -306,6 +308,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--average",
+        type=int,
+        default=1,
+        help="rank trials by their mean over so many last epochs (default: by the best epoch)",
+    )
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
     parser.add_argument("--ours", default="TPE, ASHA from 6", choices=VARIANTS)
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")

@@ -37,6 +37,7 @@ class Table:
         margin: Mean margin on the same examples, (settings, seeds, epochs).
         test: Accuracy of the best checkpoint on test images, (settings, seeds).
         burn_in: First epochs in which a setting's weights do not act, (settings,).
+        n_averaged: Last epochs whose mean objective ranks trials; 1 for the best epoch instead.
         points: The settings in the unit cube, (settings, dimensions).
     """
 
@@ -46,6 +47,7 @@ class Table:
     margin: np.ndarray
     test: np.ndarray
     burn_in: np.ndarray
+    n_averaged: int = 1
     points: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,17 @@ class Table:
             return -1.0, 0.0
         index = (setting, seed, epoch - 1)
         return float(self.objective[index]), float(self.margin[index])
+
+    def mean_last(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
+        """Return whether a trial has ended, and its mean objective over the last epochs that count.
+
+        The first component ranks finished trials above others.
+        """
+        first = max(int(self.burn_in[setting]), epoch - self.n_averaged)
+        if epoch <= first:
+            return -1.0, 0.0
+        mean = self.objective[setting, seed, first:epoch].mean()
+        return float(epoch == self.n_epochs), float(mean)
 
 
 def load_table(path: Path, name: str) -> Table:
@@ -141,7 +154,7 @@ class OptunaSearch:
         self.study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler())
         self.points = [*points]
         self.pending: dict[int, optuna.Trial] = {}
-        self.best: dict[int, float] = {}
+        self.values: dict[int, list[float]] = {}
 
     def draw(self) -> Params:
         draft = self.study.ask()
@@ -164,11 +177,14 @@ class OptunaSearch:
 
     def report(self, setting: int, epoch: int, value: float) -> bool:
         if epoch > self.table.burn_in[setting]:
-            self.best[setting] = max(value, self.best.get(setting, 0.0))
+            values = self.values.setdefault(setting, [])
+            values.append(value)
             is_last = epoch == self.table.n_epochs
             if not is_last and not self.scheduler.stops(self.table, setting, epoch, value):
                 return True
-            self.study.tell(self.pending.pop(setting), self.best[setting])
+            n_averaged = self.table.n_averaged
+            score = max(values) if n_averaged == 1 else float(np.mean(values[-n_averaged:]))
+            self.study.tell(self.pending.pop(setting), score)
             return False
         return epoch < self.table.n_epochs
 
@@ -244,7 +260,8 @@ def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay
         reached[setting] += 1
         epoch = reached[setting]
         is_prefix = epoch <= table.burn_in[setting]
-        rank = table.rank_epoch(setting, seed, epoch)
+        rank_trial = table.rank_epoch if table.n_averaged == 1 else table.mean_last
+        rank = rank_trial(setting, seed, epoch)
         if rank > best:
             best, choice = rank, setting
         if not is_prefix or epoch > shared:
