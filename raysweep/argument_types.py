@@ -24,15 +24,19 @@ def accept_scalars(function: Callable[Arguments, Result]) -> Callable[Arguments,
     @functools.wraps(function)
     def call_with_plain_values(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Call the function."""
-        plain_args: Any = map(_to_plain_scalar, args)
-        plain_kwargs: Any = {name: _to_plain_scalar(value) for name, value in kwargs.items()}
+        plain_args: Any = map(to_plain_scalar, args)
+        plain_kwargs: Any = {name: to_plain_scalar(value) for name, value in kwargs.items()}
         return function(*plain_args, **plain_kwargs)
 
     return call_with_plain_values
 
 
-def _to_plain_scalar(value: Any) -> Any:
-    """Return the plain value of an array without dimensions; any other value itself."""
+def to_plain_scalar(value: Any) -> Any:
+    """Return the plain value of a scalar of NumPy or PyTorch; any other value itself.
+
+    Args:
+        value: Any value.
+    """
     return value.tolist() if _is_array(value) and value.shape == () else value
 
 
@@ -82,7 +86,10 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping | list | tuple) and depth == _MAX_DEPTH:
         raise SpecError(f"{name}: has more than {_MAX_DEPTH} lists and mappings in each other")
     if isinstance(value, Mapping):
-        return {key: to_plain_value(name, item, depth + 1) for key, item in value.items()}
+        return {
+            to_plain_scalar(key): to_plain_value(name, item, depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [to_plain_value(name, item, depth + 1) for item in value]
     if hasattr(value, "__fspath__"):

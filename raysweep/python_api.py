@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from raysweep.argument_types import accept_scalars, check_argument_type, to_plain_value
+from raysweep.argument_types import (
+    accept_scalars,
+    check_argument_type,
+    to_plain_scalar,
+    to_plain_value,
+)
 from raysweep.code_files import CodeFile, open_code_file, open_function_file
 from raysweep.commands.run import EndedPipeline, RunRequest, run_pipeline_request
 from raysweep.commands.session import command_session
@@ -402,7 +407,8 @@ def _collect_overrides(
 ) -> dict[str, Any]:
     """Return {dotted path: value} of all settings, as `parse_overrides` reads the command line."""
     overrides = {
-        check_key(path): to_plain_value(path, value) for path, value in (settings or {}).items()
+        check_key(to_plain_scalar(path)): to_plain_value(path, value)
+        for path, value in (settings or {}).items()
     }
     if data is not None:
         overrides |= _find_data_overrides(data, expand_home(out) / "runs" / ARRAYS_FOLDER)

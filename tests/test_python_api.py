@@ -60,7 +60,7 @@ def test_the_package_imports_nothing_heavy_until_a_name_is_used() -> None:
 @pytest.mark.mlflow
 def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
     (x, y), test = make_images(120, 0), make_images(40, 1)
-    settings = {**TINY, **ONE_RUN, "epochs": np.int64(1)}
+    settings = {**TINY, **ONE_RUN, "epochs": np.int64(1), np.str_("optim.lr"): np.float64(0.05)}
     run = raysweep.train(
         "at",
         data={"train": (torch.from_numpy(x), y.tolist()), "test": test},
@@ -74,7 +74,13 @@ def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
     Path("mine").mkdir()
     for name, (images, labels) in {"train": (x, y), "test": test}.items():
         np.savez(Path("mine") / f"{name}.npz", x=images, y=labels)
-    arguments = ["--data-dir", "mine", "--name", "folder", *set_flags({**settings, "epochs": 1})]
+    arguments = [
+        "--data-dir",
+        "mine",
+        "--name",
+        "folder",
+        *set_flags({**settings, "epochs": 1, "optim.lr": 0.05}),
+    ]
     assert main(["train", "at", *arguments]) == 0
     weights = [
         (workdir / "runs" / name / "epoch-0001" / "weights.safetensors").read_bytes()
