@@ -5,13 +5,16 @@ tables and draw a plot.
 
 Cost should grow linearly with epochs and examples: the table has slope, intercept and R2 of the
 least-squares line. Workers share each batch over gloo on this machine, with one thread each. They
-are compared with one worker of one thread, and with one worker of as many threads.
+are compared with one worker of one thread, with one worker of as many threads, and with processes
+that have as many rows and share nothing. On a busy machine, processor seconds tell more than wall
+seconds: on idle cores, a step cannot take less.
 """
 
 import argparse
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -132,8 +135,12 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
     figure.savefig(path)
 
 
-def worker_steps(workers: WorkerGroup, model: str, batch: int, n: int) -> list[float]:
-    """Return wall seconds of n steps of GAIRAT with PGD-10, after one that does not count."""
+def worker_steps(
+    workers: WorkerGroup, model: str, batch: int, n: int
+) -> tuple[list[float], list[float]]:
+    """Return wall and processor seconds of n steps of GAIRAT with PGD-10, after one that does not
+    count. Processor seconds are those of this worker, with its communication.
+    """
     config = build_training_config(
         "gairat", {"*.burn_in": 0, "model.name": model, "data.val_size": 64}
     )
@@ -141,69 +148,111 @@ def worker_steps(workers: WorkerGroup, model: str, batch: int, n: int) -> list[f
     faces = build_model_variants(config, data, CPU, workers)
     faces.model.train()
     rows = next(iter(data.iter_train_batches(batch, 0, 0, workers.rank, workers.size)))
-    rng, timings = ExampleRng.for_examples(rows.index, 0, "train", 0), []
+    rng = ExampleRng.for_examples(rows.index, 0, "train", 0)
+    walls, processor = [], []
     for _ in range(n + 1):
         workers.all_reduce_sum(torch.zeros(()))
-        started = time.perf_counter()
+        started, started_processor = time.perf_counter(), time.process_time()
         compute_step_gradients(config.resolve_at(0).method, faces, rows, rng, workers)
+        processor.append(time.process_time() - started_processor)
         workers.all_reduce_sum(torch.zeros(()))
-        timings.append(time.perf_counter() - started)
-    return timings[1:]
+        walls.append(time.perf_counter() - started)
+    return walls[1:], processor[1:]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Processes that compute steps at the same time.
+
+    Attributes:
+        size: Number of processes.
+        threads: Threads of each.
+        is_joined: Whether they share the batch. If not, each has its own part of the batch alone,
+            which is the limit of what sharing can reach.
+    """
+
+    size: int
+    threads: int
+    is_joined: bool = True
 
 
 def _process(
-    rank: int, size: int, threads: int, port: int, folder: str, job: tuple[str, int, int]
+    rank: int, variant: Variant, port: int, folder: str, model: str, batch: int, n: int
 ) -> None:
-    torch.set_num_threads(threads)
-    if size > 1:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    timings = worker_steps(DistributedWorkerGroup() if size > 1 else SINGLE_WORKER, *job)
+    torch.set_num_threads(variant.threads)
+    workers: WorkerGroup = SINGLE_WORKER
+    if variant.size > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", address, rank=rank, world_size=variant.size)
+        dist.barrier()
+    if variant.size > 1 and variant.is_joined:
+        workers = DistributedWorkerGroup()
+    own_batch = batch if variant.is_joined else batch // variant.size
+    timings = worker_steps(workers, model, own_batch, n)
     if rank == 0:
         np.save(Path(folder) / "timings.npy", timings)
-    if size > 1:
+    if variant.size > 1:
         dist.destroy_process_group()
 
 
-def in_processes(size: int, threads: int, job: tuple[str, int, int]) -> list[float]:
+def in_processes(variant: Variant, model: str, batch: int, n: int) -> list[list[float]]:
     with socket.socket() as free, TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         mp.start_processes(
-            _process, (size, threads, port, folder, job), nprocs=size, start_method="forkserver"
+            _process,
+            (variant, port, folder, model, batch, n),
+            nprocs=variant.size,
+            start_method="forkserver",
         )
-        return [float(value) for value in np.load(Path(folder) / "timings.npy")]
+        timings: list[list[float]] = np.load(Path(folder) / "timings.npy").tolist()
+        return timings
 
 
+FIRST, SHARED = "1 worker, 1 thread", "2 workers, 1 thread each"
 VARIANTS = {
-    "1 worker, 1 thread": (1, 1),
-    "1 worker, 2 threads": (1, 2),
-    "2 workers, 1 thread each": (2, 1),
+    FIRST: Variant(1, 1),
+    "1 worker, 2 threads": Variant(1, 2),
+    SHARED: Variant(2, 1),
+    "2 processes with half a batch each, no communication": Variant(2, 1, is_joined=False),
 }
 
 
 def measure_workers(
-    model: str, batch: int, n: int, repeats: int, variants: dict[str, tuple[int, int]]
+    model: str, batch: int, n: int, repeats: int, variants: dict[str, Variant]
 ) -> list[Ratio]:
-    """Measure variants of (workers, threads) in turn."""
-    timings: dict[str, list[float]] = {name: [] for name in variants}
+    """Measure variants of processes in turn."""
+    walls: dict[str, list[float]] = {name: [] for name in variants}
+    processor: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, (size, threads) in variants.items():
-            timings[name] += in_processes(size, threads, (model, batch, n))
-    time_of = medians(timings)
-    first = time_of[next(iter(variants))]
-    rows = [[name, f"{value:.3f}", f"{first / value:.2f}"] for name, value in time_of.items()]
+        for name, variant in variants.items():
+            wall, spent = in_processes(variant, model, batch, n)
+            walls[name] += wall
+            processor[name] += spent
+    time_of, spent_of = medians(walls), medians(processor)
+    rows = [
+        [
+            name,
+            f"{time_of[name]:.3f}",
+            f"{time_of[FIRST] / time_of[name]:.2f}",
+            f"{spent_of[name]:.3f}",
+            f"{spent_of[FIRST] / spent_of[name]:.2f}",
+        ]
+        for name in variants
+    ]
     print(
-        f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; "
+        f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, medians of {n} x {repeats} steps; "
         f"{describe_machine()}\n"
     )
-    print(format_table(["workers", "s per step, median", "speedup"], rows), flush=True)
-    what = f"1 to 2 workers of training, {model}, batch {batch}"
+    head = ["workers", "wall s a step", "speedup", "processor s of the first", "speedup by these"]
+    print(format_table(head, rows), flush=True)
     cores = f"2 on idle cores ({os.cpu_count()}, load {os.getloadavg()[0]:.0f})"
     return [
         Ratio(
-            what,
-            f"{first / time_of['2 workers, 1 thread each']:.2f}",
+            f"1 to 2 workers of training, {model}, batch {batch}",
+            f"{time_of[FIRST] / time_of[SHARED]:.2f}"
+            f" ({spent_of[FIRST] / spent_of[SHARED]:.2f} by processor seconds)",
             cores,
             f"{n * repeats} steps",
         )
@@ -213,7 +262,7 @@ def measure_workers(
 def run(full: bool = False) -> list[Ratio]:
     """Run the part of `python benchmarks`; small sizes unless `full`."""
     if not full:
-        few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
+        few = {name: VARIANTS[name] for name in (FIRST, SHARED)}
         return [
             *measure_cost_lines([1, 2], [32, 64], [1, 2], 1, None, small=True),
             *measure_workers("digits_cnn", 16, 1, 1, few),
@@ -234,12 +283,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "lines" in args.what:
         measure_cost_lines(*SIZES, 2, args.plot)
     if "workers" in args.what:
-        measure_workers(args.model, args.batch, 2, 2, VARIANTS)
+        measure_workers(args.model, args.batch, 2, args.repeats, VARIANTS)
 
 
 if __name__ == "__main__":

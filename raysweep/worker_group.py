@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -38,6 +39,21 @@ class WorkerGroup(Protocol):
         """
         ...
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start to sum a tensor over all workers, while the caller computes something else.
+
+        All workers must start these sums in the same order; other collective operations may come
+        between.
+
+        Args:
+            tensor: As for `all_reduce_sum`, but the sum replaces its content.
+
+        Returns:
+            A function that waits for the sum and returns it. It raises RuntimeError if another
+            worker died.
+        """
+        ...
+
 
 class SingleWorkerGroup:
     """A group of one process: its local batch is the global batch."""
@@ -48,6 +64,10 @@ class SingleWorkerGroup:
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself."""
         return tensor
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Return a function that returns the tensor itself."""
+        return lambda: tensor
 
 
 SINGLE_WORKER = SingleWorkerGroup()

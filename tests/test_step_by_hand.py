@@ -26,6 +26,7 @@ from raysweep.method import NATURAL_INPUT, Method, MethodOutput, Term
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.stores import open_path
+from raysweep.training import distributed
 from raysweep.training.diagnostics import (
     EpochDiagnostics,
     measure_natural_accuracy,
@@ -56,6 +57,10 @@ class Rank:
         total = self._values[0] + self._values[1]
         self._barrier.wait()
         return total
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        total = self.all_reduce_sum(value)
+        return lambda: total
 
 
 def on_two_workers(work: Callable[[WorkerGroup], Any]) -> list[Any]:
@@ -430,27 +435,50 @@ def test_the_first_workers_number_is_everybodys() -> None:
     assert broadcast_int(3, SINGLE_WORKER, torch.device("cpu")) == 3
 
 
-def test_gradients_are_averaged_in_their_own_place_and_type() -> None:
+@pytest.mark.parametrize("bucket_bytes", [1, 2**22])
+def test_gradients_are_averaged_in_their_own_place_and_type(bucket_bytes: int, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", bucket_bytes)
+
     def work(workers: WorkerGroup) -> list[Tensor | None]:
         model = nn.ParameterList(
             [
                 torch.zeros(2),
                 torch.zeros(1, 3, dtype=torch.float64),
                 torch.zeros(4),
-                torch.zeros(2, 2),
+                torch.zeros(2, 2, 1, 2).contiguous(memory_format=torch.channels_last),
             ]
         )
+        loss = torch.zeros((), dtype=torch.float64)
         for number, parameter in enumerate(model):
             if number != 2:
                 values = torch.arange(parameter.numel(), dtype=parameter.dtype).view_as(parameter)
-                parameter.grad = (values + 10 * number) * (1 + 2 * workers.rank)
-        average_gradients(model, workers)
+                loss = loss + (parameter * (values + 10 * number) * (1 + 2 * workers.rank)).sum()
+        with average_gradients(model, workers):
+            loss.backward()
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in model)
         return [parameter.grad for parameter in model]
 
     for grads in on_two_workers(work):
         assert grads[2] is None
-        assert grads[0].tolist() == [0, 2] and grads[3].tolist() == [[60, 62], [64, 66]]
+        assert grads[0].tolist() == [0, 2] and grads[3].flatten().tolist() == [*range(60, 76, 2)]
         assert grads[1].tolist() == [[20, 22, 24]] and grads[1].dtype == torch.float64
+
+
+def test_gradients_are_summed_during_the_backward_pass(monkeypatch) -> None:
+    """Those of the last layer before the first layer has any."""
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 1)
+    first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    events: list[str] = []
+
+    class Group(Rank):
+        def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+            events.append("sum" if first.weight.grad is None else "late sum")
+            return lambda: events.append("wait") or value
+
+    group = Group(0, threading.Barrier(1), {})
+    with average_gradients(nn.Sequential(first, last), group):
+        last(first(torch.ones(1, 2))).sum().backward()
+    assert events[:2] == ["sum", "sum"] and events[4:] == ["wait"] * 4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ that come from the host are seen by what brings them. On a GPU either makes the 
 that it has asked for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,6 +65,9 @@ class TwoWorkers:
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value.detach().clone()
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        return lambda: value
 
 
 @pytest.mark.parametrize("workers", [SINGLE_WORKER, TwoWorkers()], ids=["one", "two"])

@@ -88,8 +88,8 @@ def steps(workers: WorkerGroup) -> dict[str, torch.Tensor]:
             step = method(name)(
                 model, split.get_float_images(mine).double(), split.y[mine], rng, workers
             )
-            step.loss.backward()
-            average_gradients(model, workers)
+            with average_gradients(model, workers):
+                step.loss.backward()
             found |= {f"{name} {number} loss": workers.all_reduce_sum(step.loss) / workers.size}
             found |= {f"{name} {number} {k}": p.grad.clone() for k, p in model.named_parameters()}
             found |= {f"{name} {number} {k}": b.clone() for k, b in model.named_buffers()}
@@ -299,6 +299,9 @@ class Second:
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
+    def start_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: value
+
 
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, affine=False)]
@@ -316,6 +319,32 @@ def test_synchronised_batch_norm_is_batch_norm_by_another_sum(
     assert torch.allclose(theirs(x), ours(x), atol=1e-5)
     assert theirs.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.allclose(ours.state_dict()[k], v) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_synchronised_batch_norm_has_the_gradients_of_batch_norm(
+    dtype: torch.dtype, affine: bool
+) -> None:
+    """In channels-last memory too, with a mean far from 0, and against float64."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.BatchNorm2d(3, affine=affine).double()
+    if affine:
+        nn.init.uniform_(plain.weight, generator=generator)
+    ours = convert_sync_batchnorm(copy.deepcopy(plain).float(), Second())
+    x = (torch.rand(6, 3, 4, 4, generator=generator) + 3).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = torch.rand(6, 3, 4, 4, generator=generator).to(dtype)
+    found = []
+    for module, point in ((plain, x.double()), (ours, x.clone())):
+        point.requires_grad_()
+        out = module(point)
+        out.backward(grad.to(out.dtype))
+        found.append([out.detach(), point.grad, *(p.grad for p in module.parameters())])
+    assert found[1][0].dtype == found[1][1].dtype == dtype
+    for expected, value in zip(*found, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        assert (value - expected).abs().max() < tolerance * (1 + expected.abs().max())
 
 
 def test_a_group_that_ends_under_a_worker_is_a_lost_peer(tmp_path: Path) -> None:
@@ -344,6 +373,9 @@ class Alone:
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         return value
+
+    def start_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

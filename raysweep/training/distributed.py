@@ -1,8 +1,9 @@
 """Data-parallel training with torch.distributed: sums over workers, and averaged gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from raysweep.errors import WorkFailed
 from raysweep.method import Method
 from raysweep.spec import SpecError
 from raysweep.worker_group import WorkerGroup
+
+# Gradients that are summed together: fewer sums than parameters, and enough to begin early.
+_BUCKET_BYTES = 4 * 2**20
 
 
 class WorkerLost(WorkFailed):
@@ -49,6 +53,12 @@ class DistributedWorkerGroup:
         with collective_errors():
             self.size = dist.get_world_size()
             self.rank = dist.get_rank()
+            # Over connections of their own, so that small sums do not wait for large ones. NCCL
+            # orders the sums of a group by itself.
+            is_gloo = dist.get_backend() == "gloo"
+            self._background_group: dist.ProcessGroup | None = None
+            if is_gloo:
+                self._background_group = cast(dist.ProcessGroup, dist.new_group())
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes (see `WorkerGroup`).
@@ -67,29 +77,136 @@ class DistributedWorkerGroup:
             dist.all_reduce(total)
         return total
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start to sum a tensor over all processes (see `WorkerGroup`).
 
-def average_gradients(model: nn.Module, workers: WorkerGroup) -> None:
-    """Replace each gradient by its mean over workers, with one sum for each dtype.
+        Args:
+            tensor: Contiguous tensor of the same shape on each process; the sum replaces its
+                content.
+
+        Returns:
+            A function that waits for the sum and returns it.
+
+        Raises:
+            WorkerLost: Another process died; the function may also raise it.
+        """
+        with collective_errors():
+            work = dist.all_reduce(tensor, group=self._background_group, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            with collective_errors():
+                work.wait()
+            return tensor
+
+        return wait
+
+
+@contextmanager
+def average_gradients(model: nn.Module, workers: WorkerGroup) -> Iterator[None]:
+    """Context manager for a backward pass, after which each gradient is its mean over workers.
+
+    The gradients are summed in buckets while the backward pass computes those of earlier layers.
 
     torch's DistributedDataParallel cannot be used: it expects one forward pass per backward pass,
     and broadcasts batch norm's buffers at each forward pass. A step here has several forward passes
     before its only backward pass, and attacks differentiate the model in between.
 
     Args:
-        model: Its gradients are changed in place.
+        model: A model without gradients. In the block, one backward pass computes them.
         workers: The processes that train the model.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        WorkerLost: Another worker died.
     """
     if workers.size == 1:
+        yield
         return
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grads.sort(key=lambda grad: str(grad.dtype))
-    for _, group in groupby(grads, key=lambda grad: grad.dtype):
-        same_dtype = list(group)
-        flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
-        mean = workers.all_reduce_sum(flat) / workers.size
-        parts = torch.split(mean, [grad.numel() for grad in same_dtype])
-        for grad, part in zip(same_dtype, parts, strict=True):
-            grad.copy_(part.view_as(grad))
+    buckets = _GradientBuckets(model, workers)
+    with buckets.observe_backward():
+        yield
+    buckets.finish()
+
+
+class _GradientBuckets:
+    """The parameters of a model in groups, whose gradients are summed together.
+
+    The last layers come first, as in the backward pass. Buckets are summed in this order on each
+    worker, whichever is complete first.
+    """
+
+    def __init__(self, model: nn.Module, workers: WorkerGroup) -> None:
+        self._workers = workers
+        self._buckets: list[list[nn.Parameter]] = []
+        self._sums: list[tuple[list[nn.Parameter], Callable[[], Tensor]]] = []
+        self._n_started = 0
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        n_bytes = 0
+        for parameter in reversed(parameters):
+            last = self._buckets[-1] if self._buckets else []
+            if not last or n_bytes >= _BUCKET_BYTES or last[0].dtype != parameter.dtype:
+                self._buckets.append([])
+                n_bytes = 0
+            self._buckets[-1].append(parameter)
+            n_bytes += parameter.numel() * parameter.element_size()
+        self._n_missing = [len(bucket) for bucket in self._buckets]
+
+    @contextmanager
+    def observe_backward(self) -> Iterator[None]:
+        """Context manager that starts the sum of each bucket when all its gradients are there."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._count_gradient, number)
+            )
+            for number, bucket in enumerate(self._buckets)
+            for parameter in bucket
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def finish(self) -> None:
+        """Sum what is left, and put the means in place of the gradients."""
+        while self._n_started < len(self._buckets):
+            self._start_next()
+        for parameters, wait in self._sums:
+            mean = wait().div_(self._workers.size)
+            for parameter, part in zip(parameters, _split_like(mean, parameters), strict=True):
+                parameter.grad = part
+
+    def _count_gradient(self, number: int, _: Tensor) -> None:
+        """Note that a gradient of a bucket is there."""
+        self._n_missing[number] -= 1
+        while self._n_started < len(self._buckets) and not self._n_missing[self._n_started]:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        """Start the sum of the next bucket; parameters that the loss does not use have no part."""
+        used = [p for p in self._buckets[self._n_started] if p.grad is not None]
+        self._n_started += 1
+        if not used:
+            return
+        flat = used[0].new_empty(sum(parameter.numel() for parameter in used))
+        for parameter, part in zip(used, _split_like(flat, used), strict=True):
+            assert parameter.grad is not None
+            part.copy_(parameter.grad)
+        self._sums.append((used, self._workers.start_sum(flat)))
+
+
+def _split_like(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return views of a vector that have the shapes and strides of parameters."""
+    views, start = [], 0
+    for parameter in parameters:
+        # The strides of a parameter that overlaps itself or has gaps would not do.
+        strides = torch.empty_like(parameter, device="meta").stride()
+        views.append(flat.as_strided(parameter.shape, strides, start))
+        start += parameter.numel()
+    return views
 
 
 def check_method_distributable(method: Method, workers: WorkerGroup) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raysweep.attacks.base import is_on_cpu
 from raysweep.worker_group import WorkerGroup
 
 
@@ -63,11 +64,10 @@ class SyncBatchNorm(_BatchNorm):
         statistics = _compute_global_statistics(x.detach(), self._workers)
         if self.training and self.running_mean is not None:
             self._update_running_stats(statistics)
-        out: Tensor = _SyncNormalizeFunction.apply(x, statistics, self.eps, self._workers)
-        if self.weight is None:
-            return out
-        weight, bias = _broadcast_channels(self.weight, x), _broadcast_channels(self.bias, x)
-        return (out * weight + bias).to(x.dtype)
+        out: Tensor = _SyncBatchNormFunction.apply(
+            x, self.weight, self.bias, statistics, self.eps, self._workers
+        )
+        return out
 
     def _update_running_stats(self, statistics: Tensor) -> None:
         """Move the running mean and the unbiased running variance towards the batch's."""
@@ -84,34 +84,73 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var += momentum * (unbiased.to(self.running_var.dtype) - self.running_var)
 
 
-class _SyncNormalizeFunction(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) with the mean and variance of all workers' rows."""
+class _SyncBatchNormFunction(torch.autograd.Function):
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias with the statistics of all workers."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, statistics: Tensor, eps: float, workers: WorkerGroup
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Tensor,
+        eps: float,
+        workers: WorkerGroup,
     ) -> Tensor:
-        count, mean, variance = _unpack_statistics(statistics)
-        scale = (variance + eps).rsqrt()
-        out = ((x - _broadcast_channels(mean, x)) * _broadcast_channels(scale, x)).to(x.dtype)
-        ctx.save_for_backward(out, scale, count)
-        ctx.workers = workers
-        return out
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.eps, ctx.workers = eps, workers
+        if not x.numel():
+            return x.clone()
+        _, mean, variance = _unpack_statistics(statistics)
+        weight, bias = (None if v is None else v.to(mean.dtype) for v in (weight, bias))
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x by all rows, and those of weight and bias by the own rows.
+
+        With g = dL/dy and z = (x - mean) / sqrt(variance + eps), dL/dx is
+        weight / sqrt(variance + eps) * (g - mean(g) - z * mean(g z)): a x + b g + c by channel.
+        """
         (grad,) = grads
-        out, scale, count = ctx.saved_tensors
-        dims = [d for d in range(grad.dim()) if d != 1]
-        # Summed in the dtype of the statistics, which is float32 also for 16-bit inputs.
-        sums = torch.stack(
-            [grad.sum(dims, dtype=count.dtype), (grad * out).sum(dims, dtype=count.dtype)]
+        x, weight, statistics = ctx.saved_tensors
+        count, mean, variance = _unpack_statistics(statistics)
+        own_sums = _sum_channel_gradients(grad, x, mean, variance, ctx.eps)
+        grad_mean, grad_z_mean = ctx.workers.all_reduce_sum(own_sums) / count
+        scale = (variance + ctx.eps).rsqrt()
+        grad_factor = scale if weight is None else scale * weight
+        x_factor = -grad_factor * scale * grad_z_mean
+        shift = -grad_factor * grad_mean - x_factor * mean
+        grad_factor, x_factor, shift = (
+            _broadcast_channels(values, x) for values in (grad_factor, x_factor, shift)
         )
-        means = ctx.workers.all_reduce_sum(sums) / count
-        centred = (
-            grad - _broadcast_channels(means[0], grad) - out * _broadcast_channels(means[1], grad)
+        x_grad = torch.addcmul(shift, x, x_factor).addcmul_(grad, grad_factor).to(x.dtype)
+        if weight is None:
+            return x_grad, None, None, None, None, None
+        bias_grad, weight_grad = own_sums.to(weight.dtype)
+        return x_grad, weight_grad, bias_grad, None, None, None
+
+
+def _sum_channel_gradients(
+    grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """Sum g and g (x - mean) / sqrt(variance + eps) over this worker's rows.
+
+    Returns:
+        (2, C), in the dtype of the statistics, which is float32 also for 16-bit inputs.
+    """
+    if x.numel() and is_on_cpu(x):
+        # In eval mode this kernel computes just these sums, many times faster than `sum`.
+        _, product_sum, grad_sum = torch.ops.aten.native_batch_norm_backward(
+            grad, x, None, mean, variance, None, None, False, eps, [False, True, True]
         )
-        return (centred * _broadcast_channels(scale, grad)).to(grad.dtype), None, None, None
+        return torch.stack([grad_sum, product_sum])
+    dims = [d for d in range(grad.dim()) if d != 1]
+    scale = _broadcast_channels((variance + eps).rsqrt(), x)
+    normalized = (x - _broadcast_channels(mean, x)) * scale
+    return torch.stack(
+        [grad.sum(dims, dtype=mean.dtype), (grad * normalized).sum(dims, dtype=mean.dtype)]
+    )
 
 
 def _compute_global_statistics(x: Tensor, workers: WorkerGroup) -> Tensor:
@@ -127,7 +166,10 @@ def _compute_global_statistics(x: Tensor, workers: WorkerGroup) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     rows = wide.new_zeros(workers.size, 1 + 2 * x.shape[1])
     if x.numel():
-        variance, mean = torch.var_mean(wide, dims, correction=0)
+        if is_on_cpu(x):
+            mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
+        else:
+            variance, mean = torch.var_mean(wide, dims, correction=0)
         rows[workers.rank] = torch.cat(
             [wide.new_full((1,), x.numel() / x.shape[1]), mean, variance]
         )

@@ -229,8 +229,8 @@ def compute_step_gradients(
     x = batch.x.contiguous(memory_format=variants.memory_format)
     output = method(variants.train_module, x, batch.y, rng, workers, variants.attack_module)
     variants.model.zero_grad(set_to_none=True)
-    output.loss.backward()  # type: ignore[no-untyped-call]
-    average_gradients(variants.model, workers)
+    with average_gradients(variants.model, workers):
+        output.loss.backward()  # type: ignore[no-untyped-call]
     return output
 
 
