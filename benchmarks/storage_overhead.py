@@ -71,7 +71,13 @@ def measure_checkpoint(
     config, prefixes = build_training_config("at"), PrefixCache(bucket / ".prefixes")
 
     def save(path: Path) -> checkpoint.TrainingCheckpoint:
-        return checkpoint.save_checkpoint(path, config, model, optimizer, [{"epoch": 1.0}], "data")
+        return checkpoint.save_checkpoint(
+            path,
+            config,
+            checkpoint.TrainingState.copy_from(model, optimizer),
+            [{"epoch": 1.0}],
+            "data",
+        )
 
     def pull() -> None:
         shutil.rmtree(bucket / name)

@@ -293,7 +293,11 @@ def saved_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, model = tmp_path_factory.mktemp("trained") / "run" / "epoch-0001", nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return checkpoint.save_checkpoint(
-        path, tiny("at", seed=7), model, optimizer, [{"epoch": 1.0}], "f00d"
+        path,
+        tiny("at", seed=7),
+        checkpoint.TrainingState.copy_from(model, optimizer),
+        [{"epoch": 1.0}],
+        "f00d",
     ).path
 
 

@@ -245,7 +245,11 @@ class TestTraining:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         path = tmp_path / "run" / "epoch-0001"
         saved = checkpoint.save_checkpoint(
-            path, build_training_config("standard"), model, optimizer, [{"epoch": 1.0}], "data"
+            path,
+            build_training_config("standard"),
+            checkpoint.TrainingState.copy_from(model, optimizer),
+            [{"epoch": 1.0}],
+            "data",
         )
         store = PrefixCache(tmp_path / "prefixes")
         store.store_state("there", saved.path)

@@ -210,7 +210,11 @@ def store_untrained_states(
     ]
     for epoch in epochs:
         saved = checkpoint.save_checkpoint(
-            path / "first" / str(epoch), config, model, optimizer, rows[:epoch], data.fingerprint
+            path / "first" / str(epoch),
+            config,
+            checkpoint.TrainingState.copy_from(model, optimizer),
+            rows[:epoch],
+            data.fingerprint,
         )
         prefixes.store_state(keys[epoch], saved.local_folder)
     return prefixes

@@ -61,7 +61,13 @@ def write(
     """Save a checkpoint of an untrained network with the given history."""
     model = config.model.build_model(1, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return checkpoint.save_checkpoint(path, config, model, optimizer, list(rows), data.fingerprint)
+    return checkpoint.save_checkpoint(
+        path,
+        config,
+        checkpoint.TrainingState.copy_from(model, optimizer),
+        list(rows),
+        data.fingerprint,
+    )
 
 
 def rows_of(*clean: float | None, first: int = 1) -> list[Row]:
@@ -459,8 +465,7 @@ class TestCheckpoint:
         saved = checkpoint.save_checkpoint(
             tmp_path / "c",
             quick_config(),
-            model,
-            optimizer,
+            checkpoint.TrainingState.copy_from(model, optimizer),
             rows_of(0.1),
             "f",
             {"more.txt": b"more"},

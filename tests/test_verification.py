@@ -28,7 +28,7 @@ from raysweep.evaluation.shards import (
     is_in_unit_range,
 )
 from raysweep.robustness_bundle import verify_bundle, write_bundle
-from raysweep.training.checkpoint import TrainingCheckpoint, save_checkpoint
+from raysweep.training.checkpoint import TrainingCheckpoint, TrainingState, save_checkpoint
 from raysweep.training.model_loading import load_checkpoint_target
 
 
@@ -150,7 +150,13 @@ def saved_model(folder: Path, steps: int) -> TrainingCheckpoint:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return save_checkpoint(folder, config, model, optimizer, [{"epoch": 1.0}], data.fingerprint)
+    return save_checkpoint(
+        folder,
+        config,
+        TrainingState.copy_from(model, optimizer),
+        [{"epoch": 1.0}],
+        data.fingerprint,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +148,41 @@ class TrainingCheckpoint:
                 optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """Copy of what training changes; later steps do not change it.
+
+    Attributes:
+        weights: Weights and buffers by name, on the CPU.
+        momentum: Momentum buffers by the names of their parameters, on the CPU.
+    """
+
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+
+    @classmethod
+    def copy_from(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """Copy the present state of a model and of its SGD optimizer."""
+        momentum = {
+            name: optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in model.named_parameters()
+            if optimizer.state[parameter].get("momentum_buffer") is not None
+        }
+        return cls(_copy_to_cpu(model.state_dict()), _copy_to_cpu(momentum))
+
+
+def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors by name into new, contiguous ones without gradients, as safetensors needs."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
+
+
 def save_checkpoint(
     path: Location,
     config: TrainingConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
     history: list[EpochMetrics],
     data_fingerprint: str,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
@@ -165,8 +195,7 @@ def save_checkpoint(
     Args:
         path: Folder to write.
         config: Config of the run.
-        model: Its weights and buffers are saved.
-        optimizer: SGD, whose momentum buffers are saved.
+        state: Weights, buffers and momentum.
         history: Metrics of all finished epochs.
         data_fingerprint: Fingerprint of the training data.
         extra_files: Name -> content of more files.
@@ -175,15 +204,10 @@ def save_checkpoint(
     Returns:
         The checkpoint that was written.
     """
-    momentum = {
-        name: optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in model.named_parameters()
-        if optimizer.state[parameter].get("momentum_buffer") is not None
-    }
     path = open_path(path)
     with path.write_checkpoint() as partial:
-        _save_tensors(model.state_dict(), partial / WEIGHTS_FILE)
-        _save_tensors(momentum, partial / OPTIMIZER_FILE)
+        _save_tensors(state.weights, partial / WEIGHTS_FILE)
+        _save_tensors(state.momentum, partial / OPTIMIZER_FILE)
         for name, content in extra_files.items():
             (partial / name).write_bytes(content)
         if config.model.code is not None:
@@ -493,12 +517,10 @@ def _get_git_revision() -> str | None:
         return None
 
 
-def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors to a file. Raises InfrastructureError, for example if the disk is full."""
-    # safetensors needs contiguous tensors without gradients.
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        safetensors_torch.save_file(contiguous, path)
+        safetensors_torch.save_file(tensors, path)
     except SafetensorError as error:
         raise InfrastructureError(f"{path}: cannot be written: {error}") from error
 

@@ -27,7 +27,7 @@ from raysweep.spec import SpecError
 from raysweep.stored_data import check_stored_types, parse_stored_json
 from raysweep.termination_signals import handle_termination_signals, is_main_thread
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint, TrainingState
 from raysweep.training.config import TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import EpochDiagnostics
 from raysweep.training.distributed import broadcast_int, gather_tensors
@@ -151,8 +151,7 @@ class MidEpochCheckpointer:
             checkpoint.save_checkpoint(
                 self._run_directory.mid_epoch_path,
                 self._config,
-                self._model,
-                self._optimizer,
+                TrainingState.copy_from(self._model, self._optimizer),
                 self._history,
                 self._data_fingerprint,
                 extra_files={
@@ -179,6 +178,19 @@ class MidEpochCheckpointer:
     def elapsed_seconds(self) -> float:
         """Training time of this epoch so far, including that of earlier processes."""
         return time.perf_counter() - self._started_at
+
+    @contextmanager
+    def pause_clock(self) -> Iterator[None]:
+        """Context manager whose time does not count as training time.
+
+        Yields:
+            Nothing.
+        """
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started_at += time.perf_counter() - started_at
 
     @property
     def _device(self) -> torch.device:

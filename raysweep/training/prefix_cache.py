@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raysweep.errors import DamagedFileError
@@ -173,12 +173,15 @@ class PrefixCache:
         self._evict_oldest_states()
 
     @contextmanager
-    def acquire_training_lease(self, key: str, epoch: int | None = None) -> Iterator[bool]:
+    def acquire_training_lease(
+        self, key: str, epoch: int | None = None, before_wait: Callable[[], None] | None = None
+    ) -> Iterator[bool]:
         """Context manager that holds the lease for training one state; waits while others hold it.
 
         Args:
             key: Key of the state.
             epoch: Epoch after which the run has this state, for the log.
+            before_wait: Called once if another run holds the lease.
 
         Yields:
             True if the caller must train the state; False if the state exists, because another run
@@ -194,6 +197,8 @@ class PrefixCache:
                 yield False
                 return
             if not is_waiting:
+                if before_wait is not None:
+                    before_wait()
                 logger.info(
                     "waiting: %s trains %s",
                     lease.describe_holder() or "another run",

@@ -3,6 +3,10 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,7 +26,7 @@ from raysweep.spec import SpecError, flatten_spec
 from raysweep.stores import Location, open_path
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import TrainingCallback
-from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint, TrainingState
 from raysweep.training.config import OptimizerSpec, TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import (
     EpochDiagnostics,
@@ -136,10 +140,11 @@ def train_model(
         workers=workers,
         prefix_cache=prefix_cache,
     )
-    run.resume(n_reported_epochs)
-    for epoch in range(len(run.history), config.epochs):
-        run.advance(epoch)
-    return run.finish()
+    with run.finish_writes():
+        run.resume(n_reported_epochs)
+        for epoch in range(len(run.history), config.epochs):
+            run.advance(epoch)
+        return run.finish()
 
 
 def check_resumable(
@@ -235,8 +240,27 @@ def compute_step_gradients(
 
 
 @dataclass
+class _UnreportedEpoch:
+    """A trained epoch whose checkpoint is being written.
+
+    Attributes:
+        epoch: Its 1-based number.
+        saved: The checkpoint, when it is written; None on workers that do not write it.
+        lease: Releases the lease for training this epoch.
+    """
+
+    epoch: int
+    saved: Future[TrainingCheckpoint] | None
+    lease: ExitStack
+
+
+@dataclass
 class _TrainingRun:
-    """State of one call of `train_model`. Epoch arguments of its methods are 0-based."""
+    """State of one call of `train_model`. Epoch arguments of its methods are 0-based.
+
+    A thread writes the checkpoint of an epoch while the next epoch is trained. The epoch is
+    reported when its checkpoint is written: whoever hears of it finds the checkpoint.
+    """
 
     config: TrainingConfig
     directory: RunDirectory
@@ -258,7 +282,7 @@ class _TrainingRun:
         self.device_data = self.data.to(self.device)
         self.validation_data = self.config.validation.select_split(self.data).to(self.device)
         self.checkpointer = MidEpochCheckpointer(
-            self.callback.should_interrupt,
+            self._should_interrupt,
             self.directory,
             self.config,
             self.model,
@@ -266,15 +290,33 @@ class _TrainingRun:
             self.data.fingerprint,
             self.workers,
         )
+        self.history: list[EpochMetrics] = []
         self.last_checkpoint: TrainingCheckpoint | None = None
+        self.unreported: _UnreportedEpoch | None = None
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
         # The best epoch is one of those whose checkpoints exist. An earlier version of raysweep may
         # have kept other ones than this would have.
         self.saved_epochs: set[int] = set()
 
-    @property
-    def history(self) -> list[EpochMetrics]:
-        """Metrics of all finished epochs."""
-        return self.last_checkpoint.history if self.last_checkpoint is not None else []
+    @contextmanager
+    def finish_writes(self) -> Iterator[None]:
+        """Context manager of the whole run, after which nothing is written any more.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except TrainingFailed:
+            self._complete_epoch()
+            raise
+        finally:
+            self.writer.shutdown()
+            if self.unreported is not None:
+                self.unreported.lease.close()
+                error = self.unreported.saved and self.unreported.saved.exception()
+                if error is not None:
+                    logger.error("the last checkpoint was not written: %s", error)
 
     def resume(self, n_reported_epochs: int) -> None:
         """Load the last checkpoint or the longest cached prefix, and report its epochs again."""
@@ -293,30 +335,79 @@ class _TrainingRun:
         saved = checkpoint.read_checkpoint(self.directory.epoch_path(n_saved))
         check_resumable(saved, self.config, self.data.fingerprint)
         saved.load_training_state(self.model, self.optimizer)
-        self.last_checkpoint = saved
+        self.last_checkpoint, self.history = saved, saved.history
         for metrics in saved.history[n_reported_epochs:]:
             self.callback.on_epoch_end(metrics, saved)
         _check_not_collapsed(self.config, self.history, self.data)
 
     def advance(self, epoch: int) -> None:
-        """Train or reuse one epoch, delete checkpoints that are no longer needed, and report it."""
-        saved = self._reuse_or_train_epoch(epoch)
-        self.last_checkpoint = saved
-        best_epoch = self._update_best_epoch(epoch + 1)
-        if self.workers.rank == 0:
-            self.directory.prune_checkpoints({epoch + 1, best_epoch})
-            key = self.prefix_keys[epoch + 1] if self.prefix_keys else None
-            _log_epoch(saved.last_metrics, key)
-        self.callback.on_epoch_end(saved.last_metrics, saved)
-        _check_not_collapsed(self.config, saved.history, self.data)
+        """Train or reuse one epoch. While the next one is trained, its checkpoint is written, and
+        then checkpoints that are no longer needed are deleted and the epoch is reported.
+        """
+        with ExitStack() as lease:
+            reused = self._reuse_epoch(epoch, lease)
+            if reused is not None:
+                self._end_epoch(reused)
+                return
+            metrics, verdicts, histograms = self._train_epoch(epoch)
+            self._complete_epoch()
+            self.history = [*self.history, metrics]
+            saved = None
+            if self.workers.rank == 0:
+                state = TrainingState.copy_from(self.model, self.optimizer)
+                saved = self.writer.submit(
+                    copy_context().run, self._save_epoch, state, self.history, verdicts, histograms
+                )
+            self.unreported = _UnreportedEpoch(epoch + 1, saved, lease.pop_all())
+        if self.workers.size > 1:
+            # All workers must wait for each other at the same step.
+            self._complete_epoch()
 
     def finish(self) -> TrainingResult:
         """Wait for the first worker, then return the last and the best checkpoint."""
+        self._complete_epoch()
         assert self.last_checkpoint is not None
         broadcast_int(0, self.workers, self.device)
         best_epoch = self._update_best_epoch(self.last_checkpoint.epoch)
         best = checkpoint.read_checkpoint(self.directory.epoch_path(best_epoch))
         return TrainingResult(self.last_checkpoint, best)
+
+    def _complete_epoch(self) -> None:
+        """Wait until the checkpoint of the epoch before is written, and report that epoch."""
+        if self.unreported is None:
+            return
+        unreported, self.unreported = self.unreported, None
+        with unreported.lease:
+            saved = unreported.saved.result() if unreported.saved is not None else None
+        broadcast_int(unreported.epoch, self.workers, self.device)
+        if saved is None:
+            saved = checkpoint.read_checkpoint(self.directory.epoch_path(unreported.epoch))
+        self._end_epoch(saved)
+
+    def _complete_epoch_if_saved(self) -> None:
+        """Report the epoch before, if its checkpoint is written by now."""
+        saved = self.unreported.saved if self.unreported is not None else None
+        if saved is not None and saved.done():
+            with self.checkpointer.pause_clock():
+                self._complete_epoch()
+
+    def _end_epoch(self, saved: TrainingCheckpoint) -> None:
+        """Delete checkpoints that are no longer needed after a new one, and report its epoch."""
+        self.last_checkpoint, self.history = saved, saved.history
+        best_epoch = self._update_best_epoch(saved.epoch)
+        if self.workers.rank == 0:
+            self.directory.prune_checkpoints({saved.epoch, best_epoch})
+            key = self.prefix_keys[saved.epoch] if self.prefix_keys else None
+            _log_epoch(saved.last_metrics, key)
+        self.callback.on_epoch_end(saved.last_metrics, saved)
+        _check_not_collapsed(self.config, saved.history, self.data)
+
+    def _should_interrupt(self) -> bool:
+        """Ask the callback whether to interrupt; if so, report the epoch before first."""
+        if not self.callback.should_interrupt():
+            return False
+        self._complete_epoch()
+        return True
 
     def _update_best_epoch(self, last_epoch: int) -> int:
         """Return the best epoch that has a checkpoint, after `last_epoch` (1-based) was saved."""
@@ -324,49 +415,53 @@ class _TrainingRun:
         self.saved_epochs = {best_epoch, last_epoch}
         return best_epoch
 
-    def _reuse_or_train_epoch(self, epoch: int) -> TrainingCheckpoint:
-        """Return the checkpoint after this epoch; wait and reuse it if another run is training it.
+    def _reuse_epoch(self, epoch: int, lease: ExitStack) -> TrainingCheckpoint | None:
+        """Return the checkpoint after this epoch if another run has trained it or is training it.
 
-        A run with several workers uses the cache only in `resume`: here all workers would be idle
-        while they wait for the other run.
+        If not, `lease` holds the right to train it. A run with several workers uses the cache only
+        in `resume`: here all workers would be idle while they wait for the other run.
         """
         if self.prefix_cache is None or self.workers.size > 1:
-            return self._train_and_save_epoch(epoch)
+            return None
         key, path = self.prefix_keys[epoch + 1], self.directory.epoch_path(epoch + 1)
-        with self.prefix_cache.acquire_training_lease(key, epoch + 1) as must_train:
-            if not must_train:
-                reused = self.prefix_cache.reuse_state(key, path, self.config, self.history)
-                if reused is not None:
-                    logger.info(
-                        "reused epoch %d from the prefix cache, key %s",
-                        epoch + 1,
-                        key,
-                        extra={"epoch": epoch + 1, "key": key, "event": "prefix_reused"},
-                    )
-                    reused.load_training_state(self.model, self.optimizer)
-                    return reused
-            return self._train_and_save_epoch(epoch)
-
-    def _train_and_save_epoch(self, epoch: int) -> TrainingCheckpoint:
-        """Train this epoch. The first worker writes its checkpoint; the other workers read it."""
-        metrics, verdicts, histograms = self._train_epoch(epoch)
-        path = self.directory.epoch_path(epoch + 1)
-        saved = None
-        if self.workers.rank == 0:
-            saved = checkpoint.save_checkpoint(
-                path,
-                self.config,
-                self.model,
-                self.optimizer,
-                [*self.history, metrics],
-                self.data.fingerprint,
-                verdicts=verdicts,
+        must_train = lease.enter_context(
+            self.prefix_cache.acquire_training_lease(key, epoch + 1, self._complete_epoch)
+        )
+        if must_train:
+            return None
+        self._complete_epoch()
+        reused = self.prefix_cache.reuse_state(key, path, self.config, self.history)
+        if reused is not None:
+            logger.info(
+                "reused epoch %d from the prefix cache, key %s",
+                epoch + 1,
+                key,
+                extra={"epoch": epoch + 1, "key": key, "event": "prefix_reused"},
             )
-            write_histograms(self.directory.path, epoch + 1, histograms)
-            if self.prefix_cache is not None:
-                self.prefix_cache.store_state(self.prefix_keys[epoch + 1], saved.path)
-        broadcast_int(epoch, self.workers, self.device)
-        return saved if saved is not None else checkpoint.read_checkpoint(path)
+            reused.load_training_state(self.model, self.optimizer)
+        return reused
+
+    def _save_epoch(
+        self,
+        state: TrainingState,
+        history: list[EpochMetrics],
+        verdicts: ExampleVerdicts | None,
+        histograms: dict[str, Histogram],
+    ) -> TrainingCheckpoint:
+        """Write the checkpoint of the last epoch in `history`, and share it with other runs."""
+        epoch = len(history)
+        saved = checkpoint.save_checkpoint(
+            self.directory.epoch_path(epoch),
+            self.config,
+            state,
+            history,
+            self.data.fingerprint,
+            verdicts=verdicts,
+        )
+        write_histograms(self.directory.path, epoch, histograms)
+        if self.prefix_cache is not None:
+            self.prefix_cache.store_state(self.prefix_keys[epoch], saved.path)
+        return saved
 
     def _train_epoch(
         self, epoch: int
@@ -435,6 +530,7 @@ class _TrainingRun:
                 self._apply_step_lr(epoch + steps / n_steps)
                 self.optimizer.step()
                 diagnostics.add_batch(output, batch.y)
+                self._complete_epoch_if_saved()
                 self.callback.on_step_end(epoch + 1, steps)
                 self.checkpointer.save_if_interrupted(steps, diagnostics)
 

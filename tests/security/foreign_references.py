@@ -23,7 +23,7 @@ from raysweep.spec import SpecError
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
-from raysweep.training.checkpoint import save_checkpoint
+from raysweep.training.checkpoint import TrainingState, save_checkpoint
 
 
 def write_checkpoint(folder: Path, data: dict[str, object]) -> Path:
@@ -32,7 +32,9 @@ def write_checkpoint(folder: Path, data: dict[str, object]) -> Path:
     model = config.model.build_model(1, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     path = folder / "epoch-0001"
-    save_checkpoint(path, config, model, optimizer, [{"epoch": 1.0}], "0" * 16)
+    save_checkpoint(
+        path, config, TrainingState.copy_from(model, optimizer), [{"epoch": 1.0}], "0" * 16
+    )
     change_meta(path, {}, data)
     return path
 
