@@ -8,7 +8,7 @@ import torch
 from ladder_network import LadderNetwork, ladder_images
 from slow_attacks import SmallNet, draw_images, recorded_inputs, size
 
-from raysweep.attacks import MultiTargeted, build_named_attack
+from raysweep.attacks import MultiTargeted, build_named_attack, multi_targeted
 from raysweep.data import DatasetSplits
 from raysweep.evaluation import evaluate
 from raysweep.rng import ExampleRng
@@ -85,12 +85,16 @@ def slow_attack(attack, x, y, starts):
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.09), ("L2", 0.3)])
 @pytest.mark.parametrize("reach", [0.0, 1.0, 1e9])
-def test_every_point_of_all_runs(norm, eps, reach):
-    """Steps, momentum, order of the targets, rows that break, that leave, that take all runs."""
+def test_every_point_of_all_runs(norm, eps, reach, monkeypatch):
+    """Steps, momentum, order of the targets, rows that break, that leave, that take all runs. Runs
+    that are computed together find the same, and count only those that are needed.
+    """
     n_runs = []
+    packed_rows = multi_targeted._PACKED_ROWS
     for row in (1, 3, 4, 5, 7, 11):
         attack = MultiTargeted(eps=eps / (1 + 2 * (row == 1)), norm=norm, steps=6, runs=7,
                                targets=3, reach=reach)  # fmt: skip
+        monkeypatch.setattr(multi_targeted, "_PACKED_ROWS", 1)
         result, seen = attack_rows(attack, [row])
         points, best, runs = slow_attack(attack, X[row], int(Y[row]), lambda n, s=seen: s[n][0])
         assert len(seen) == len(points) == int(result.queries)
@@ -98,6 +102,11 @@ def test_every_point_of_all_runs(norm, eps, reach):
             np.testing.assert_allclose(ours[0], slow, atol=1e-8)
         np.testing.assert_allclose(result.x_adv[0], best, atol=1e-8)
         n_runs.append(runs)
+        monkeypatch.setattr(multi_targeted, "_PACKED_ROWS", packed_rows)
+        packed, seen = attack_rows(attack, [row])
+        assert torch.equal(packed.queries, result.queries)
+        np.testing.assert_allclose(packed.x_adv[0], result.x_adv[0], atol=1e-9)
+        assert runs < 3 or max(map(len, seen)) > 1, "runs after the first share batches"
     assert n_runs[-1] == 0, "the last row is wrong from the start"
     assert 1 in n_runs and (reach == 0.0 or max(n_runs) > 1)
     assert reach < 1e9 or max(n_runs) == 7

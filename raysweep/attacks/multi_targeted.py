@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 # Of a step, this share goes along the gradient, the rest along the move before (as in APGD).
 _MOMENTUM = 0.75
+# When fewer rows are left, several runs of each are computed in one batch of about this size. In
+# small batches, the cost of a pass hardly depends on the rows.
+_PACKED_ROWS = 64
 
 
 class MultiTargeted(Spec):
@@ -94,15 +97,23 @@ class MultiTargeted(Spec):
                 torch.ones_like(y),
             )
             targets = y
-            for run in range(self.runs):
+            run = 0
+            while run < self.runs:
                 rows = self._find_live_rows(search, clean_margin, run)
                 if not len(rows):
                     break
                 if run == 1:
                     targets = self._rank_targets(search.best_logits, y)
-                target = targets[rows, (run - 1) % targets.shape[1]] if run else None
-                run_rng = rng.select_rows(rows).derive_stream("run", run)
-                search.put(rows, self._run_once(model, x[rows], y[rows], target, run_rng))
+                # The targets of later runs depend on the first one.
+                n_packed = max(1, _PACKED_ROWS // len(rows)) if run else 1
+                runs = range(run, min(run + n_packed, self.runs))
+                found = self._run_packed(model, x[rows], y[rows], targets[rows], runs, rng, rows)
+                for number, of_run in zip(runs, found, strict=True):
+                    # As if the runs came one after the other: a row may leave after any of them.
+                    live_rows = self._find_live_rows(search, clean_margin, number)
+                    is_live = torch.isin(rows, live_rows)
+                    search.put(rows[is_live], of_run.select_rows(is_live))
+                run = runs.stop
         return AttackResult(search.best_x, search.queries)
 
     def _find_live_rows(self, search: _Search, clean_margin: Tensor, run: int) -> Tensor:
@@ -119,12 +130,33 @@ class MultiTargeted(Spec):
         n_targets = min(self.targets, logits.shape[1] - 1)
         return others.argsort(stable=True, dim=1, descending=True)[:, :n_targets]
 
+    def _run_packed(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        targets: Tensor,
+        runs: range,
+        rng: ExampleRng,
+        rows: Tensor,
+    ) -> list[_Search]:
+        """Take several runs of the rows (M,) in one batch; return what each run found."""
+        eps, rows_rng = resolved_value(self.eps), rng.select_rows(rows)
+        streams = [rows_rng.derive_stream("run", run) for run in runs]
+        x_start = torch.cat([_sample_start(x, eps, self.norm, stream) for stream in streams])
+        target = None
+        if runs.start:
+            target = torch.cat([targets[:, (run - 1) % targets.shape[1]] for run in runs])
+        n_runs = len(runs)
+        packed_x, packed_y = x.repeat(n_runs, *(1 for _ in x.shape[1:])), y.repeat(n_runs)
+        return self._run_once(model, packed_x, packed_y, target, x_start).split(n_runs)
+
     def _run_once(
-        self, model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, rng: ExampleRng
+        self, model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, x_start: Tensor
     ) -> _Search:
-        """Take all steps from one random start; `target` (N,) is None for the first run."""
+        """Take all steps from one start; `target` (N,) is None for the first run."""
         eps = resolved_value(self.eps)
-        x_now = x_before = _sample_start(x, eps, self.norm, rng)
+        x_now = x_before = x_start
         search = _Search.start(x_now, y)
         rows: Tensor = torch.arange(len(x), device=x.device)
         for step in range(self.steps + 1):
@@ -175,6 +207,15 @@ class _Search:
         margin = x.new_full(y.shape, torch.inf)
         is_broken = torch.zeros_like(y, dtype=torch.bool)
         return cls(x.clone(), x.new_zeros(len(x), 0), margin, is_broken, torch.zeros_like(y))
+
+    def select_rows(self, rows: Tensor) -> _Search:
+        """Return what was found for some of the rows, by a mask (N,) or positions."""
+        return _Search(*(values[rows] for values in vars(self).values()))
+
+    def split(self, n_parts: int) -> list[_Search]:
+        """Return the first, second, ... of `n_parts` equal parts of the rows."""
+        parts = zip(*(values.chunk(n_parts) for values in vars(self).values()), strict=True)
+        return [_Search(*part) for part in parts]
 
     def visit(self, rows: Tensor, x: Tensor, logits: Tensor, y: Tensor) -> None:
         """Record an iterate of some rows.
