@@ -1,15 +1,20 @@
 """Callbacks of training, and the sums of epochs that a sweep reports."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import tiny
 
 from raysweep.data import DatasetSplits
+from raysweep.errors import InfrastructureError
+from raysweep.stores import StorePath
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.trial import Trial
+from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback, TrainingCallback
-from raysweep.training.checkpoint import TrainingCheckpoint
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.trainer import train_model
@@ -52,6 +57,56 @@ def test_functions_are_called_in_the_order_of_training(
     )
     train_model(tiny("at", epochs=1), tmp_path, callback, data=digits)
     assert calls == ["step 1 1", "asked", "step 1 2", "asked", "epoch 1"]
+
+
+def test_a_checkpoint_is_written_beside_the_next_epoch_and_then_reported(
+    tmp_path: Path, digits: DatasetSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its write ends after a step of the next epoch. An interruption reports the epoch first."""
+    calls: list[str] = []
+    is_next_epoch = threading.Event()
+    save = checkpoint.save_checkpoint
+
+    def save_late(path: StorePath, *args: Any, **kwargs: Any) -> TrainingCheckpoint:
+        if path.name == "epoch-0001":
+            assert is_next_epoch.wait(600)
+        return save(path, *args, **kwargs)
+
+    def on_epoch_end(metrics: EpochMetrics, saved: TrainingCheckpoint) -> None:
+        assert saved.local_folder.is_dir()
+        calls.append(f"epoch {metrics['epoch']}")
+
+    def on_step_end(epoch: int, steps: int) -> None:
+        calls.append(f"step {epoch} {steps}")
+        if epoch == 2:
+            is_next_epoch.set()
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
+    callback = FunctionCallback(on_epoch_end, on_step_end, is_next_epoch.is_set)
+    with pytest.raises(TrainingInterrupted, match="in epoch 2 after 1 step"):
+        train_model(tiny("at", epochs=2), tmp_path / "late", callback, data=digits)
+    assert calls == ["step 1 1", "step 1 2", "step 2 1", "epoch 1"]
+    resumed = train_model(tiny("at", epochs=2), tmp_path / "late", data=digits).last_checkpoint
+    alone = train_model(tiny("at", epochs=2), tmp_path / "alone", data=digits).last_checkpoint
+    assert resumed.meta["sha256"] == alone.meta["sha256"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(
+    tmp_path: Path, digits: DatasetSplits, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """By its own line, and its epoch is not reported."""
+
+    def fail(*args: Any, **kwargs: Any) -> TrainingCheckpoint:
+        raise InfrastructureError("the disk is full")
+
+    reported: list[EpochMetrics] = []
+    monkeypatch.setattr(checkpoint, "save_checkpoint", fail)
+    callback = FunctionCallback(lambda metrics, saved: reported.append(metrics))
+    with pytest.raises(InfrastructureError, match=r"^the disk is full$"):
+        train_model(tiny("at", epochs=epochs), tmp_path, callback, data=digits)
+    assert not reported and not RunDirectory(tmp_path).list_saved_epochs()
+    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
 
 def test_a_callback_without_functions_does_nothing(tmp_path: Path, digits: DatasetSplits) -> None:

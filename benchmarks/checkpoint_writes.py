@@ -1,0 +1,112 @@
+"""Measure how long training waits for its checkpoints: beside the next epoch, as they are written,
+and in turn with it.
+
+    python benchmarks/checkpoint_writes.py
+
+The network has 11 million weights, so a checkpoint of weights and momentum has 90 MB. What is
+measured is the wall time of a run without its steps and validations, for each epoch but the last,
+which no later epoch hides. Under `in turn` a checkpoint is written where it is started.
+"""
+
+import argparse
+import time
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+from measure import Ratio, describe_machine, format_table, medians
+
+from raysweep.data import load_data
+from raysweep.training import trainer
+from raysweep.training.callbacks import FunctionCallback
+from raysweep.training.config import build_training_config
+from raysweep.training.prefix_cache import PrefixCache
+
+
+class ImmediateExecutor(Executor):
+    """Runs each function where it is submitted."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def time_waits(network: str, epochs: int, images: int) -> tuple[float, float]:
+    """Train; return wall seconds an epoch beside steps and validation, and those of an epoch."""
+    config = build_training_config(
+        "at",
+        {
+            "epochs": epochs,
+            "model.name": network,
+            "data.train_size": images,
+            "data.val_size": 16,
+            "validation.finish.*.runs": 1,
+        },
+    )
+    data = load_data(config.data)
+    ends: list[float] = []
+    with TemporaryDirectory() as folder:
+        history = trainer.train_model(
+            config,
+            Path(folder) / "run",
+            FunctionCallback(lambda metrics, saved: ends.append(time.perf_counter())),
+            data=data,
+            prefix_cache=PrefixCache(Path(folder) / "prefixes"),
+        ).last_checkpoint.history
+    # From the report of the first epoch to that of the last but one.
+    rows = history[1:-1]
+    busy = sum(row["train/seconds"] + row["validation_seconds"] for row in rows)
+    return (ends[-2] - ends[0] - busy) / len(rows), busy / len(rows)
+
+
+def measure(network: str, epochs: int, images: int, n: int) -> list[Ratio]:
+    """Measure both ways in n interleaved runs."""
+    waits: dict[str, list[float]] = {"in turn": [], "beside the next epoch": []}
+    busy: list[float] = []
+    for _ in range(n):
+        for name, executor in (
+            ("in turn", lambda *_: ImmediateExecutor()),
+            ("beside the next epoch", trainer.ThreadPoolExecutor),
+        ):
+            with mock.patch.object(trainer, "ThreadPoolExecutor", executor):
+                wait, epoch = time_waits(network, epochs, images)
+            waits[name].append(wait)
+            busy.append(epoch)
+    wait_of, epoch_seconds = medians(waits), medians({"epoch": busy})["epoch"]
+    lines = [
+        [name, f"{1000 * wait:.0f}", f"{wait / epoch_seconds:.1%}"]
+        for name, wait in wait_of.items()
+    ]
+    print(
+        f"\nWaits for checkpoints, {network}, epochs of {epoch_seconds:.2f} s, medians of {n} "
+        f"interleaved runs of {epochs} epochs; {describe_machine()}\n"
+    )
+    head = ["checkpoints are written", "wait, ms an epoch", "share of an epoch"]
+    print(format_table(head, lines), flush=True)
+    return [
+        Ratio(f"wait for a checkpoint, {network}, {name}", f"{1000 * wait:.0f} ms", "", f"{n} runs")
+        for name, wait in wait_of.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    measure(args.model, args.epochs, args.images, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
