@@ -83,7 +83,6 @@ FORKS.set_forkserver_preload(
         "mlflow.tracking",
         "mlflow.store.tracking.sqlalchemy_store",
         "ray.cluster_utils",
-        "torch._dynamo",
     ]
 )
 META_PATTERN = re.compile(r"/trials/(\d+)/epoch-(\d+)/meta\.json$")

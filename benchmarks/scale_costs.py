@@ -40,7 +40,7 @@ def settings_of(space: SearchSpace, number: int) -> Params:
 def _random(space: SearchSpace, rng: random.Random) -> dict[str, Any]:
     def draw(distribution: Any) -> Any:
         if distribution.categorical is not None:
-            return rng.choice(distribution.optuna().choices)
+            return rng.choice(distribution.to_optuna().choices)
         return rng.uniform(*distribution.bounds_or_choices())
 
     return {path: draw(distribution) for path, distribution in space.space.items()}
@@ -123,38 +123,42 @@ def ledger_costs(space: SearchSpace, folder: Path, sizes: list[int]) -> dict[str
 
 def mlflow_costs(
     space: SearchSpace, uri: str, folder: Path, sizes: list[int]
-) -> dict[str, dict[int, float]]:
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
     """Measure opening a trial's run with its settings, logging one epoch, and closing the run, by
     the number of runs in the store.
+
+    Returns:
+        Milliseconds until MLflow has the record, which a thread writes; and milliseconds of the
+        driver, which hands it over.
     """
     tracker = Tracker(uri, folder / "artifacts").wait_until_ready()
     follower = SweepTracker(tracker, load_data(space.trial_config({}).data))
     ledger = Ledger.create(folder / "followed", space)
     follower.on_sweep_start(ledger, 1)
-    costs: dict[str, dict[int, float]] = {"open a run": {}, "log an epoch": {}, "close a run": {}}
+    names = ("open a run", "log an epoch", "close a run")
+    written: dict[str, dict[int, float]] = {name: {} for name in names}
+    handed_over: dict[str, dict[int, float]] = {name: {} for name in names}
     held = 0
     for size in sizes:
         _fill(uri, tracker, held, size)
         held = size
-        opened, logged, closed = [], [], []
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for number in range(size, size + REPEATS):
             trial = trial_of(space, number)
             running = Trial(number, trial.params)
             ended = Trial(number, trial.params, "stopped", EPOCHS)
-            opened.append(
-                fastest_milliseconds(lambda t=running: follower.on_trial_update(t, None), 1)
-            )
-            logged.append(
-                fastest_milliseconds(
-                    lambda t=running, row=trial.latest: follower.on_trial_update(t, row), 1
-                )
-            )
-            closed.append(
-                fastest_milliseconds(lambda t=ended: follower.on_trial_update(t, None), 1)
-            )
-        for name, found in zip(costs, (opened, logged, closed), strict=True):
-            costs[name][size] = min(found)
-    return costs
+            updates = [(running, None), (running, trial.latest), (ended, None)]
+            for name, (update, row) in zip(names, updates, strict=True):
+                began = time.perf_counter()
+                follower.on_trial_update(update, row)
+                after = time.perf_counter()
+                assert follower.flush(), "MLflow does not answer"
+                seconds[name].append((time.perf_counter() - began, after - began))
+        for name, pairs in seconds.items():
+            until_written, until_handed_over = map(min, zip(*pairs, strict=True))
+            written[name][size] = round(1000 * until_written, 2)
+            handed_over[name][size] = round(1000 * until_handed_over, 3)
+    return written, handed_over
 
 
 def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
@@ -330,8 +334,11 @@ def main() -> None:
                 costs[f"optuna {name}"] = optuna_costs(space, f"{uri}/optuna{suffix}", small)
             if "mlflow" in args.parts:
                 (folder / name).mkdir()
-                found = mlflow_costs(space, f"{uri}/mlflow{suffix}", folder / name, args.sizes)
-                costs |= {f"mlflow {name}: {what}": cost for what, cost in found.items()}
+                written, handed_over = mlflow_costs(
+                    space, f"{uri}/mlflow{suffix}", folder / name, args.sizes
+                )
+                costs |= {f"mlflow {name}: {what}": cost for what, cost in written.items()}
+                costs |= {f"mlflow background: {what}": cost for what, cost in handed_over.items()}
         if "tune" in args.parts:
             costs["ray tune: a trial"] = tune_costs(min(args.sizes[-1], 800))
     shutil.rmtree(folder, ignore_errors=True)

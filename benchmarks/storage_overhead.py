@@ -9,7 +9,6 @@ download it, to check whether a local copy is current, and to store it as a shar
 import argparse
 import logging
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,8 +19,9 @@ import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from raysweep import storage
 from raysweep.models import ModelSpec
+from raysweep.stores import StorePath, open_path
+from raysweep.stores.local_copies import delete_copy
 from raysweep.training import checkpoint
 from raysweep.training.config import build_training_config
 from raysweep.training.prefix_cache import PrefixCache
@@ -50,8 +50,8 @@ def main() -> None:
             row = measure_checkpoint(
                 name,
                 channels,
-                Path(scratch) / "folder",
-                storage.local_path(f"s3://bench/x?{query}"),
+                open_path(Path(scratch) / "folder"),
+                open_path(f"s3://bench/x?{query}"),
                 repeats,
             )
             print(
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure_checkpoint(
-    name: str, channels: int, folder: Path, bucket: Path, repeats: int
+    name: str, channels: int, folder: StorePath, bucket: StorePath, repeats: int
 ) -> list[float]:
     model = ModelSpec(name=name).build_model(channels, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -70,7 +70,7 @@ def measure_checkpoint(
     optimizer.step()
     config, prefixes = build_training_config("at"), PrefixCache(bucket / ".prefixes")
 
-    def save(path: Path) -> checkpoint.TrainingCheckpoint:
+    def save(path: StorePath) -> checkpoint.TrainingCheckpoint:
         return checkpoint.save_checkpoint(
             path,
             config,
@@ -79,17 +79,18 @@ def measure_checkpoint(
             "data",
         )
 
-    def pull() -> None:
-        shutil.rmtree(bucket / name)
-        storage.pull_checkpoint(bucket / name)
+    def download() -> None:
+        delete_copy(copy)
+        assert (bucket / name).fetch_checkpoint() == copy
 
-    size = sum(file.stat().st_size for file in save(bucket / name).path.iterdir()) / 2**20
+    copy = save(bucket / name).local_folder
+    size = sum(file.stat().st_size for file in copy.iterdir()) / 2**20
     keys = iter(range(repeats))
     steps: list[Callable[[], object]] = [
         lambda: save(folder / name),
         lambda: save(bucket / name),
-        pull,
-        lambda: storage.pull_checkpoint(bucket / name),
+        download,
+        (bucket / name).fetch_checkpoint,
         lambda: prefixes.store_state(f"{name}{next(keys)}", bucket / name),
     ]
     return [size, *(median_seconds(step, repeats) for step in steps)]

@@ -21,8 +21,7 @@ from typing import Any
 import pytest
 
 FORKS = multiprocessing.get_context("forkserver")
-# torch._dynamo: what the first optimiser in a process imports.
-TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed", "torch._dynamo"]
+TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed"]
 # Command modules import these inside functions.
 COMMANDS = [
     *TRAINING,

@@ -30,7 +30,7 @@ SOCKET_VARIABLE = "RAYSWEEP_WORKER_SERVER"
 SWITCH_VARIABLE = "RAYSWEEP_FORK_WORKERS"
 """Environment variable of the user; 0 makes all workers ordinary ones."""
 # What needs no variable of Ray is imported before the first request.
-_EARLY_IMPORTS = ("torch", "torch._dynamo", "raysweep.training.distributed")
+_EARLY_IMPORTS = ("torch", "raysweep.training.distributed")
 _RAY_IMPORTS = ("ray.train.torch", "raysweep.sweep.tuner")
 # Ray keeps the job that it finds in the environment when it is imported. Forks of a server with a
 # job would serve that job only, and other drivers would wait forever.

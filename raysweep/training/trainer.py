@@ -41,6 +41,7 @@ from raysweep.training.distributed import (
     check_method_distributable,
     gather_rows,
 )
+from raysweep.training.eager_sgd import EagerSGD
 from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
@@ -626,7 +627,7 @@ def _find_chance_limit(config: TrainingConfig, split: Split, n_classes: int) -> 
 
 def _make_sgd_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.SGD:
     """Build the optimizer; each epoch sets its learning rate and weight decay."""
-    return torch.optim.SGD(
+    return EagerSGD(
         model.parameters(), lr=0.0, momentum=config.optim.momentum, nesterov=config.optim.nesterov
     )
 
