@@ -41,6 +41,48 @@ with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
 print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 sys.exit(code)
 """
+PLAN = """
+import time
+start = time.process_time()
+import torch
+torch_seconds = time.process_time() - start
+from raysweep.sweep import epoch_timing
+estimate, spent = epoch_timing.estimate_epoch_seconds, 0.0
+def timed(*arguments, **options):
+    global spent
+    began = time.process_time()
+    result = estimate(*arguments, **options)
+    spent += time.process_time() - began
+    return result
+epoch_timing.estimate_epoch_seconds = timed
+import contextlib, os, raysweep.cli
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    assert raysweep.cli.main(["tune", "lrat", "--plan"]) in (0, None)
+total = time.process_time()
+print(total - spent, torch_seconds, spent)
+"""
+DRIVER = """
+import sys, tempfile
+from pathlib import Path
+import psutil
+from scale_costs import trial_of
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.optuna_search import LedgerSearcher
+from raysweep.sweep.search_space import load_space
+from raysweep.sweep.tuner import run_sweep
+n_trials = int(sys.argv[1])
+space = load_space("lrat", {}).with_sweep_settings({"trials": n_trials})
+def mebibytes():
+    return psutil.Process().memory_info().rss / 2**20
+with tempfile.TemporaryDirectory() as folder:
+    ledger = Ledger.create(Path(folder) / "sweep", space)
+    for number in range(n_trials):
+        ledger.save_trial(trial_of(space, number))
+    libraries = mebibytes()
+    ledger = Ledger.open(Path(folder) / "sweep")
+    searcher = LedgerSearcher(ledger)
+    print(f"{mebibytes():.0f} MiB ({libraries:.0f} before it reads them)")
+"""
 CIFAR = [
     "data.name=arrays",
     "data.val_size=64",
@@ -109,6 +151,16 @@ def time_command(arguments: list[str]) -> tuple[float, float]:
         after.children_user + after.children_system - before.children_user - before.children_system
     )
     return time.perf_counter() - started, spent
+
+
+def measure_plan(n: int) -> list[Ratio]:
+    """Measure the processor seconds of a plan without its timed steps; medians of n runs."""
+    with TemporaryDirectory() as folder:
+        runs = [python("-c", PLAN, cwd=Path(folder)).split() for _ in range(n)]
+    rest, torch_seconds, steps = (median(map(float, column)) for column in zip(*runs, strict=True))
+    value = f"{rest:.2f} s of a processor (import of torch {torch_seconds:.2f}, steps {steps:.2f})"
+    print(f"\nA plan without its timed steps: {value}; {describe_machine()}")
+    return [Ratio("raysweep tune lrat --plan without its timed steps", value, "2 s", f"{n} runs")]
 
 
 def measure_step_memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Ratio]:
@@ -181,6 +233,13 @@ def measure_trial_memory(sizes: list[tuple[str, str, str, list[str]]]) -> list[R
     return found
 
 
+def measure_driver_memory(n_trials: int) -> list[Ratio]:
+    """Measure the resident MiB of a driver with its libraries, ledger and study; without MLflow."""
+    value = python("-c", DRIVER, str(n_trials)).strip()
+    print(f"\nMemory of a driver with {n_trials} ended trials: {value}; {describe_machine()}")
+    return [Ratio("memory of a driver", value, "", f"{n_trials} trials")]
+
+
 def run(full: bool = False) -> list[Ratio]:
     """Run the part of `python benchmarks`; small sizes unless `full`."""
     if not full:
@@ -191,8 +250,10 @@ def run(full: bool = False) -> list[Ratio]:
         ]
     return [
         *time_commands(5, list(COMMANDS)),
+        *measure_plan(5),
         *measure_step_memory(32, (2, 8)),
         *measure_trial_memory(TRIALS),
+        *measure_driver_memory(10_000),
     ]
 
 
@@ -206,8 +267,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     time_commands(args.runs, list(COMMANDS))
+    measure_plan(args.runs)
     measure_step_memory(args.batch, (2, 8))
     measure_trial_memory(TRIALS)
+    measure_driver_memory(10_000)
 
 
 if __name__ == "__main__":

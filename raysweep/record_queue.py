@@ -51,14 +51,23 @@ class RecordQueue:
         n_waiting: Number of records that are not written yet.
     """
 
-    def __init__(self, kind: str, uri: str, flush_seconds: float | None = _FLUSH_SECONDS) -> None:
+    def __init__(
+        self,
+        kind: str,
+        uri: str,
+        flush_seconds: float | None = _FLUSH_SECONDS,
+        start_seconds: float = 0.0,
+    ) -> None:
         """Make an empty queue. For a SQLite database, it reserves disk space for the last records.
 
         Args:
             kind: What messages call the store, such as `MLflow store`.
             uri: URI of the store.
             flush_seconds: Longest time that `flush` and `finish` wait; None for no limit.
+            start_seconds: Seconds between the first record and its writing, in which the work has
+                the interpreter to itself; `flush` ends them.
         """
+        self._start_seconds = start_seconds
         self._flush_seconds = flush_seconds
         self._store_name = f"{kind} {uri}"
         database = find_sqlite_file(uri)
@@ -163,6 +172,7 @@ class RecordQueue:
     def _write_records(self) -> None:
         """Write records in rounds, until this thread is no longer the queue's writer."""
         this_thread = threading.current_thread()
+        self._rest(self._start_seconds)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._writer is not this_thread)
@@ -176,10 +186,15 @@ class RecordQueue:
                 pause = max(_MIN_REST, _REST_FACTOR * seconds)
             else:
                 pause = max(_MIN_PAUSE, _PAUSE_FACTOR * seconds)
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._is_flushing or self._writer is not this_thread, pause
-                )
+            self._rest(pause)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait in the writer's thread; `flush` and the end of the queue end the wait."""
+        this_thread = threading.current_thread()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_flushing or self._writer is not this_thread, seconds
+            )
 
     def _write_round(self, n_records: int) -> bool:
         """Write a number of records; return False when the store fails."""

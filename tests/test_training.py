@@ -26,6 +26,7 @@ from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.eager_sgd import EagerSGD
 from raysweep.training.selection import find_best_epoch
 from raysweep.training.trainer import TrainingFailed, train_model
 
@@ -59,13 +60,13 @@ def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
 def test_the_learning_rate_may_change_after_every_step(tmp_path, monkeypatch) -> None:
     """Step i of n in epoch e (from 0) has the rate of the schedule at e + i / n."""
     rates: list[float] = []
-    step = torch.optim.SGD.step
+    step = EagerSGD.step
 
-    def record_rate(optimizer: torch.optim.SGD) -> None:
+    def record_rate(optimizer: EagerSGD) -> None:
         rates.append(optimizer.param_groups[0]["lr"])
         step(optimizer)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", record_rate)
+    monkeypatch.setattr(EagerSGD, "step", record_rate)
     cycle = {"kind": "interpolated", "epochs": [0, 1, 2], "values": [0.0, 0.2, 0.0]}
     changes = {"optim__lr": cycle, "data__train_size": 96}
     by_step = train_model(tiny("at", **changes, optim__lr_per_step=True), tmp_path / "a")

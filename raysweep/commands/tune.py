@@ -324,10 +324,10 @@ def run_tune_request(request: TuneRequest) -> EndedSweep:
 
 @contextmanager
 def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
-    """Check everything that the sweep needs, before it starts; workers start meanwhile."""
+    """Check everything that the sweep needs, before it starts; its cluster starts meanwhile."""
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
+    from raysweep.sweep.cluster_start import prepare_cluster
     from raysweep.sweep.ledger import Ledger
-    from raysweep.sweep.worker_server import prestart_worker_server
 
     runs_folder = resolve_runs_folder(
         request.out, request.storage, for_writing=not request.plan_only
@@ -343,9 +343,14 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         and not resumed_ledger.has_work_left(request.retry_failed)
     )
     needs_workers = not request.plan_only and not is_finished
-    # Its imports take seconds, as do those of this process: the data, PyTorch, Ray.
-    with prestart_worker_server(request.address) if needs_workers else nullcontext():
+    # It takes seconds, as do the imports of this process: the data, PyTorch, Ray.
+    with prepare_cluster(request.address) if needs_workers else nullcontext() as cluster_start:
+        if cluster_start is not None and space.trial_config({}).data.data_dir is None:
+            # Data without files cannot be wrong.
+            cluster_start.begin()
         dataset = _load_dataset(request, space, resumed_ledger)
+        if cluster_start is not None:
+            cluster_start.begin()
         warm_start = _collect_warm_start(request, space, dataset, runs_folder)
         if warm_start is not None:
             space = warm_start.add_points(space)
@@ -465,7 +470,7 @@ def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> Ended
                 print_warnings([*list_space_warnings(space), *data_warnings])
                 # `run_sweep` starts Ray, writes the extended space and restarts trials: MLflow must
                 # answer before that.
-                tracker.wait_until_ready()
+                tracker.require_working_store()
             try:
                 end_reason = run_sweep(
                     ledger,

@@ -20,6 +20,7 @@ import ray
 from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
 from raysweep.spec import SpecError
 from raysweep.sweep import worker_server
+from raysweep.sweep.cluster_start import find_cluster_start
 from raysweep.sweep.node_probe import list_exposed_ports
 from raysweep.sweep.ray_access import (
     create_private_ray_folder,
@@ -36,6 +37,7 @@ from raysweep.sweep.ray_internals import (
     hide_lost_process_messages,
     listen_on_loopback,
     silence_authentication_log,
+    start_no_unused_processes,
     use_worker_script,
 )
 from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
@@ -77,7 +79,8 @@ def connect_to_cluster(
         _require_reachable(address)
     with ray_environment(), token_without_home(), hide_lost_process_messages():
         check_ray_internals("connect")
-        if ray.is_initialized():
+        early_start = find_cluster_start()
+        if early_start is None and ray.is_initialized():
             yield cluster_capacity()
             return
         source = "--address"
@@ -92,37 +95,68 @@ def connect_to_cluster(
             _require_reachable(address)
         with ExitStack() as workers:
             try:
-                _start_or_join(address, n_cpus, source, workers)
+                if early_start is not None:
+                    early_start.wait()
+                elif address == "local":
+                    start_local_cluster(workers, n_cpus)
+                else:
+                    _join_cluster(address, source)
                 _log_nodes(address)
                 with _treat_termination_as_interrupt():
                     yield cluster_capacity()
             finally:
                 started_at = time.monotonic()
-                ray.shutdown()
+                if early_start is not None:
+                    early_start.end()
+                else:
+                    ray.shutdown()
                 logger.info("left Ray; this took %.1f s", time.monotonic() - started_at)
 
 
-def _start_or_join(address: str, n_cpus: int | None, source: str, workers: ExitStack) -> None:
-    """Start a cluster that stays on loopback, or join one; the errors are those of the caller.
+def start_local_cluster(workers: ExitStack, n_cpus: int | None = None) -> None:
+    """Start a cluster on this machine that stays on loopback, and connect to it.
 
-    The server of the workers of a new cluster ends with the stack.
+    Args:
+        workers: Stack that ends the server of the cluster's workers.
+        n_cpus: Number of CPUs; by default all that this process may use.
+
+    Raises:
+        InfrastructureError: It does not start, or would not stay on loopback.
     """
     silence_authentication_log()
+    secure_token_file()
+    folder = create_private_ray_folder()
+    with (
+        _convert_start_errors("Ray could not be started on this machine"),
+        listen_on_loopback(),
+        short_temporary_folder(folder.parent),
+        start_no_unused_processes(),
+        ExitStack() as start,
+    ):
+        logger.info("starting Ray on this machine")
+        if can_fork_workers():
+            server = workers.enter_context(run_worker_server(folder.parent))
+            start.enter_context(use_worker_script(Path(worker_server.__file__)))
+            server.import_ray()
+        _initialize_ray(
+            address="local", num_cpus=n_cpus or joblib.cpu_count(), _temp_dir=str(folder)
+        )
+    _require_loopback_ports()
+
+
+def _join_cluster(address: str, source: str) -> None:
+    """Connect to a cluster; the errors are those of `connect_to_cluster`."""
+    silence_authentication_log()
+    logger.info("joining the Ray cluster at %s", address)
+    with _convert_start_errors(f"no Ray cluster at {source} {address}"):
+        _initialize_ray(address=address)
+
+
+@contextmanager
+def _convert_start_errors(problem: str) -> Iterator[None]:
+    """Raise errors of `ray.init` as InfrastructureError, with what they mean before their line."""
     try:
-        if address != "local":
-            logger.info("joining the Ray cluster at %s", address)
-            _initialize_ray(address=address)
-            return
-        secure_token_file()
-        folder = create_private_ray_folder()
-        with listen_on_loopback(), short_temporary_folder(folder.parent), ExitStack() as start:
-            logger.info("starting Ray on this machine")
-            if can_fork_workers():
-                workers.enter_context(run_worker_server(folder.parent))
-                start.enter_context(use_worker_script(Path(worker_server.__file__)))
-            _initialize_ray(
-                address="local", num_cpus=n_cpus or joblib.cpu_count(), _temp_dir=str(folder)
-            )
+        yield
     except RaysweepError:
         raise
     except Exception as error:
@@ -131,11 +165,11 @@ def _start_or_join(address: str, n_cpus: int | None, source: str, workers: ExitS
             error, ConnectionError | RuntimeError | ValueError
         ):
             raise
-        if address == "local":
-            problem = f"Ray could not be started on this machine: {get_first_line(error)}"
-            raise InfrastructureError(problem) from error
-        reason = get_first_line(error)
-        raise InfrastructureError(f"no Ray cluster at {source} {address}: {reason}") from error
+        raise InfrastructureError(f"{problem}: {get_first_line(error)}") from error
+
+
+def _require_loopback_ports() -> None:
+    """Raise InfrastructureError if other machines can reach the cluster that has started here."""
     if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
         raise InfrastructureError(describe_exposure(ports))
 

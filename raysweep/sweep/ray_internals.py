@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +69,24 @@ class RayInternal:
             found = getattr(found, name)
         return found
 
+    @contextmanager
+    def replaced_by(self, replacement: Any) -> Iterator[None]:
+        """Context manager that puts another object in the place of this one.
+
+        Args:
+            replacement: The other object.
+        """
+        parent_name, _, last_name = self.attribute.rpartition(".")
+        parent = importlib.import_module(self.module)
+        for name in filter(None, parent_name.split(".")):
+            parent = getattr(parent, name)
+        previous = getattr(parent, last_name)
+        setattr(parent, last_name, replacement)
+        try:
+            yield
+        finally:
+            setattr(parent, last_name, previous)
+
     def is_present(self) -> bool:
         """Return whether this version of Ray has the name, with the expected value."""
         try:
@@ -105,6 +123,25 @@ _WORKER_SCRIPT = RayInternal(
     "start",
     "each worker of a cluster on this machine takes five seconds to start",
     value="setup_worker.py",
+)
+_UNUSED_PROCESSES = tuple(
+    RayInternal(
+        "ray._private.node",
+        f"Node.{name}",
+        "start",
+        f"a cluster on this machine starts {title}, which nothing uses and which takes a second",
+    )
+    for name, title in (
+        ("start_monitor", "an autoscaler"),
+        ("start_api_server", "a dashboard"),
+        ("start_log_monitor", "a reader of logs"),
+    )
+)
+_DASHBOARD_CHECK = RayInternal(
+    "ray._private.utils",
+    "get_dashboard_dependency_error",
+    "start",
+    "each node on this machine collects metrics for a dashboard that does not run",
 )
 _AUTHENTICATION_LOGGER = RayInternal(
     "ray._private.authentication.authentication_token_setup",
@@ -155,6 +192,8 @@ RAY_INTERNALS = (
     _LOOPBACK_VARIABLE,
     _ADDRESS_LOOKUP,
     _WORKER_SCRIPT,
+    *_UNUSED_PROCESSES,
+    _DASHBOARD_CHECK,
     _AUTHENTICATION_LOGGER,
     _STDOUT_FILTER,
     _STDERR_FILTER,
@@ -247,14 +286,38 @@ def use_worker_script(script: Path) -> Iterator[None]:
     if not _WORKER_SCRIPT.is_present():
         yield
         return
-    constants = importlib.import_module(_WORKER_SCRIPT.module)
-    previous = getattr(constants, _WORKER_SCRIPT.attribute)
     # Ray joins the name with the path of its folder, which an absolute path replaces.
-    setattr(constants, _WORKER_SCRIPT.attribute, str(script))
-    try:
+    with _WORKER_SCRIPT.replaced_by(str(script)):
         yield
-    finally:
-        setattr(constants, _WORKER_SCRIPT.attribute, previous)
+
+
+@contextmanager
+def start_no_unused_processes() -> Iterator[None]:
+    """Context manager: a cluster that starts in this block has no autoscaler and no dashboard.
+
+    It also has no reader of logs, and its nodes have the agents of an installation without a
+    dashboard. Starting all of these takes as long as the rest of the cluster.
+    """
+
+    def start_nothing(node: Any, **options: Any) -> None:
+        """Take the place of a method of Ray's node that starts a process."""
+
+    def start_no_dashboard(node: Any, **options: Any) -> None:
+        """Leave the address of the dashboard empty, as where Ray is installed without one."""
+        node._webui_url = ""
+
+    def find_no_dashboard() -> ImportError:
+        """Return the error of an installation without a dashboard."""
+        return ImportError("raysweep starts no dashboard")
+
+    replacements: dict[RayInternal, Any] = dict.fromkeys(_UNUSED_PROCESSES, start_nothing)
+    replacements[_UNUSED_PROCESSES[1]] = start_no_dashboard
+    replacements[_DASHBOARD_CHECK] = find_no_dashboard
+    with ExitStack() as restored:
+        for name, replacement in replacements.items():
+            if name.is_present():
+                restored.enter_context(name.replaced_by(replacement))
+        yield
 
 
 def describe_exposure(ports: list[str]) -> str:

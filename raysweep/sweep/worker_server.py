@@ -76,6 +76,18 @@ class WorkerServer:
                 start_new_session=True,
             )
 
+    def import_ray(self) -> None:
+        """Let the server import Ray, before the cluster starts whose workers it forks.
+
+        Ray reads variables when it is imported: whether clusters ask for a token, which `ray.init`
+        turns on, and with which process a worker ends. Without this call, the server imports Ray
+        for the first worker, with the worker's variables.
+        """
+        imported = {"RAY_AUTH_MODE": "token", "RAY_RAYLET_PID": str(os.getpid())}
+        with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
+            connection.connect(str(self.socket_path))
+            _send_request(connection, {"environment": imported | os.environ})
+
     def stop(self) -> None:
         """End the server; workers that it has forked live on."""
         assert self._process.stdin is not None
@@ -121,25 +133,6 @@ def run_worker_server(folder: Path) -> Iterator[WorkerServer]:
         del os.environ[SOCKET_VARIABLE]
         _running_servers.remove(server)
         server.stop()
-
-
-@contextmanager
-def prestart_worker_server(address: str | None) -> Iterator[None]:
-    """Context manager that starts the worker server early, before the cluster that uses it.
-
-    Args:
-        address: As for `connect_to_cluster`, which uses this server if it starts a cluster. Nothing
-            is started if it will join one.
-    """
-    ray = sys.modules.get("ray")
-    joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())
-    if joins_cluster or not can_fork_workers():
-        yield
-        return
-    from raysweep.sweep.ray_access import create_private_ray_folder
-
-    with run_worker_server(create_private_ray_folder().parent):
-        yield
 
 
 def can_fork_workers() -> bool:
@@ -192,17 +185,22 @@ def _request_fork(
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "oom_score_adj": _read_oom_score(),
     }
-    message = json.dumps(request).encode()
-    streams = array.array("i", [1, 2])
     try:
-        connection.sendmsg(
-            [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
-        )
-        connection.sendall(message)
+        _send_request(connection, request)
         _wait_for_data(connection)
         return connection.recv(1) == _STARTED
     except ConnectionError:
         return False
+
+
+def _send_request(connection: socket.socket, request: dict[str, Any]) -> None:
+    """Send a request to the server, with the two output streams of this process."""
+    message = json.dumps(request).encode()
+    streams = array.array("i", [1, 2])
+    connection.sendmsg(
+        [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+    )
+    connection.sendall(message)
 
 
 def _read_oom_score() -> str:
@@ -242,12 +240,11 @@ def _become_ordinary_worker(worker_arguments: Sequence[str]) -> NoReturn:
 
 
 def _serve(listener: socket.socket) -> None:
-    """Import, then fork a worker for each request, until the process that started this one ends."""
+    """Import, then serve each request, until the process that started this one ends."""
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for name in _EARLY_IMPORTS:
         __import__(name)
-    has_imported_ray = False
     while os.getppid() == parent:
         ready, _, _ = select.select([listener, sys.stdin], [], [], _POLL_SECONDS)
         if sys.stdin in ready:
@@ -256,26 +253,34 @@ def _serve(listener: socket.socket) -> None:
             continue
         connection, _ = listener.accept()
         request, streams = _read_request(connection)
-        if request is None:
-            connection.close()
-            continue
-        if not has_imported_ray:
-            # Ray reads where its cluster is, and the token for it, when it is imported.
-            os.environ.update(request["environment"] | _NO_JOB)
-            for name in _RAY_IMPORTS:
-                __import__(name)
-            has_imported_ray = True
-        _skip_random_ids()
-        if os.fork() == 0:
-            # When the raylet kills a worker it kills the worker's process group, which must not be
-            # the server's.
-            os.setsid()
-            listener.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _become_worker(request, streams, connection)
+        if request is not None:
+            _serve_request(request, streams, connection, listener)
         connection.close()
         for stream in streams:
             os.close(stream)
+
+
+def _serve_request(
+    request: dict[str, Any],
+    streams: Sequence[int],
+    connection: socket.socket,
+    listener: socket.socket,
+) -> None:
+    """Import Ray, unless that was done before, and fork the worker if the request is for one."""
+    if _RAY_IMPORTS[-1] not in sys.modules:
+        os.environ.update(request["environment"] | _NO_JOB)
+        for name in _RAY_IMPORTS:
+            __import__(name)
+    if "arguments" not in request:
+        return
+    _skip_random_ids()
+    if os.fork() == 0:
+        # When the raylet kills a worker it kills the worker's process group, which must not be the
+        # server's.
+        os.setsid()
+        listener.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _become_worker(request, streams, connection)
 
 
 def _skip_random_ids() -> None:

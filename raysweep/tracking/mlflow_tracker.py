@@ -11,19 +11,19 @@ import math
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from raysweep.data import DatasetSplits, DataSpec
 from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import (
-    DamagedFileError,
     InfrastructureError,
     RaysweepError,
     get_first_line,
@@ -35,6 +35,13 @@ from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec, is_safe_name
 from raysweep.stores import StorePath
 from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
+from raysweep.tracking.mlflow_database import (
+    URI_VARIABLE,
+    get_experiment_name,
+    is_usable_database,
+    relocate_artifacts,
+    require_own_artifacts,
+)
 from raysweep.tracking.mlflow_model import MODEL_FOLDER, write_mlflow_model
 from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
@@ -42,8 +49,6 @@ from raysweep.training.diagnostics import read_histograms
 from raysweep.uri_passwords import fill_in_passwords
 from raysweep.visible_text import escape_markdown
 
-DEFAULT_EXPERIMENT_NAME = "raysweep"
-_EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 # MLflow's error codes for a run, model or artifact that a store does not have.
 _MISSING_ENTRY_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _DESCRIPTION_TAG = "mlflow.note.content"
@@ -69,13 +74,6 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
-_URI_VARIABLE = "MLFLOW_TRACKING_URI"
-# Columns of MLflow's database that hold absolute URIs of artifacts.
-_ARTIFACT_URI_COLUMNS = (
-    ("runs", "artifact_uri"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -114,11 +112,6 @@ def current_time_ms() -> int:
     return int(time.time() * 1000)
 
 
-def get_experiment_name() -> str:
-    """Return the name of the experiment: `MLFLOW_EXPERIMENT_NAME`, or `raysweep`."""
-    return os.environ.get(_EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT_NAME
-
-
 def tracking_uri(folder: Path) -> str:
     """Return the URI of the MLflow store.
 
@@ -132,13 +125,13 @@ def tracking_uri(folder: Path) -> str:
     Raises:
         SpecError: The path of the folder has a `?`, behind which a URI of SQLite has options.
     """
-    if uri := os.environ.get(_URI_VARIABLE):
+    if uri := os.environ.get(URI_VARIABLE):
         return uri
     database = (folder / "mlflow.db").resolve()
     if "?" in str(database):
         raise SpecError(
             f"--out {folder}: MLflow's database cannot lie in a path with '?': {database.parent}; "
-            f"use another folder, or set {_URI_VARIABLE}"
+            f"use another folder, or set {URI_VARIABLE}"
         )
     return f"sqlite:///{database}"
 
@@ -154,7 +147,8 @@ def _find_artifact_folder(artifact_root: Path) -> Path:
 class Tracker:
     """Client of one MLflow store.
 
-    It connects in a thread, because the first connection takes seconds. Methods wait for it.
+    It connects in a thread, because the first connection takes seconds. Methods wait for it. If a
+    SQLite database is known to work, it only connects when the first method is called.
 
     Args:
         uri: URI of the store.
@@ -167,9 +161,10 @@ class Tracker:
     def __init__(self, uri: str, artifact_root: Path) -> None:
         self.uri = uri
         self._artifact_root = artifact_root
-        with ThreadPoolExecutor(1) as pool:
-            self._connection: Future[tuple[Any, str]] = pool.submit(self._connect)
-            pool.shutdown(wait=False)
+        self._lock = threading.Lock()
+        self._started_connection: Future[tuple[Any, str]] | None = None
+        if not self._is_known_to_work():
+            self._start_connecting()
 
     def wait_until_ready(self) -> "Tracker":
         """Wait until the store answers.
@@ -180,8 +175,20 @@ class Tracker:
         Raises:
             SpecError: If the store cannot be used, in one line.
         """
-        self._connection.result()
+        self._start_connecting().result()
         return self
+
+    def require_working_store(self) -> None:
+        """Wait until the store answers; not for a SQLite database of which that can be predicted.
+
+        Importing MLflow and creating a database take three seconds of a processor, which the start
+        of a sweep needs for other things.
+
+        Raises:
+            SpecError: If the store cannot be used, in one line.
+        """
+        if not self._is_known_to_work():
+            self.wait_until_ready()
 
     def get_last_epoch(self, run_id: str) -> int:
         """Return the last epoch that the run has metrics of; 0 before the first."""
@@ -418,7 +425,7 @@ class Tracker:
         Returns:
             A URL of the server; for other stores that of `mlflow ui` on this machine.
         """
-        _, experiment_id = self._connection.result()
+        _, experiment_id = self._start_connecting().result()
         server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
         search = quote(_make_filter({"raysweep.sweep": sweep_key}), safe="")
         order = quote(f"metrics.`best/{objective}`", safe="")
@@ -482,7 +489,7 @@ class Tracker:
         """
         from mlflow.exceptions import MlflowException
 
-        client, _ = self._connection.result()
+        client, _ = self._start_connecting().result()
         try:
             run_id = self._resolve_run_id(reference)
             if not is_safe_name(run_id):
@@ -590,7 +597,7 @@ class Tracker:
         """
         from mlflow.exceptions import MlflowException
 
-        client, _ = self._connection.result()
+        client, _ = self._start_connecting().result()
         target_folder.mkdir(parents=True, exist_ok=True)
         try:
             return Path(client.download_artifacts(run_id, artifact_path, str(target_folder)))
@@ -611,14 +618,38 @@ class Tracker:
 
     def _open_store(self) -> tuple[Any, str]:
         """Wait for the connection; return a client that raises our errors, and the experiment."""
-        client, experiment_id = self._connection.result()
+        connection = self._start_connecting()
+        try:
+            client, experiment_id = connection.result()
+        except InfrastructureError as error:
+            with self._lock:
+                if self._started_connection is connection:
+                    self._started_connection = None
+            raise RecordStoreUnavailable(error.problems) from error
         return _CheckedClient(client, self.uri), experiment_id
+
+    def _start_connecting(self) -> "Future[tuple[Any, str]]":
+        """Start to connect, unless that has started before; return the connection."""
+        with self._lock:
+            if self._started_connection is None:
+                pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+                self._started_connection = pool.submit(self._connect)
+                pool.shutdown(wait=False)
+            return self._started_connection
+
+    def _is_known_to_work(self) -> bool:
+        """Return whether the store is a SQLite database that MLflow can use or create."""
+        database = find_sqlite_file(self.uri)
+        if database is None:
+            return False
+        is_uri_of_user = bool(os.environ.get(URI_VARIABLE))
+        return is_usable_database(database, None if is_uri_of_user else self._artifact_root)
 
     def _resolve_run_id(self, reference: str) -> str:
         """Return the id of the run that a reference of `download_checkpoint` names."""
         if not reference.startswith("models:/"):
             return reference.removeprefix("runs:/").split("/")[0]
-        client, _ = self._connection.result()
+        client, _ = self._start_connecting().result()
         name, _, alias = reference.removeprefix("models:/").partition("@")
         name, _, version = name.partition("/")
         if version:
@@ -639,9 +670,9 @@ class Tracker:
         lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
         with lock:
             client, experiment_id = self._open_experiment()
-        is_uri_of_user = bool(os.environ.get(_URI_VARIABLE))
+        is_uri_of_user = bool(os.environ.get(URI_VARIABLE))
         if database is not None and not is_uri_of_user:
-            _require_own_artifacts(database, self._artifact_root)
+            require_own_artifacts(database, self._artifact_root)
         return client, experiment_id
 
     def _open_experiment(self) -> tuple[Any, str]:
@@ -654,14 +685,14 @@ class Tracker:
         database = find_sqlite_file(self.uri)
         try:
             if database is not None and database.parent == self._artifact_root.parent.resolve():
-                _relocate_artifacts(database, _find_artifact_folder(self._artifact_root))
-            client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
+                relocate_artifacts(database, _find_artifact_folder(self._artifact_root))
+            client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, URI_VARIABLE))
             experiment = client.get_experiment_by_name(get_experiment_name())
             if experiment is not None and experiment.lifecycle_stage == "deleted":
                 raise InfrastructureError(
                     f"MLflow store {self.uri}: its experiment "
                     f"{get_experiment_name()!r} was deleted; restore it with "
-                    f"`{_URI_VARIABLE}={self.uri} mlflow experiments restore "
+                    f"`{URI_VARIABLE}={self.uri} mlflow experiments restore "
                     f"--experiment-id {experiment.experiment_id}`, or use another --out"
                 )
             if experiment is not None:
@@ -688,77 +719,6 @@ class Tracker:
             raise InfrastructureError(
                 f"MLflow store {self.uri}: {get_first_line(error)}; {hint}"
             ) from error
-
-
-def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
-    """Correct the paths of artifacts in a database that was moved or copied with its artifacts.
-
-    MLflow stores absolute paths, makes missing folders anew and has no function to change them.
-
-    Args:
-        database: SQLite database of MLflow; nothing happens if it is missing or empty.
-        artifact_folder: Folder of the experiment's artifacts.
-    """
-    new_uri = artifact_folder.resolve().as_uri()
-    if not database.is_file() or not artifact_folder.is_dir():
-        return
-    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        if not connection.execute(
-            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
-        ).fetchone():
-            return
-        row = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE name = ?", (get_experiment_name(),)
-        ).fetchone()
-        suffix = "/" + "/".join(new_uri.rsplit("/", 2)[1:])
-        if row is None or row[0] == new_uri or not str(row[0]).endswith(suffix):
-            return
-        old_uri = str(row[0])
-        logger.warning("the artifacts of %s were moved here from %s", database, old_uri)
-        connection.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE name = ?",
-            (new_uri, get_experiment_name()),
-        )
-        for table, column in _ARTIFACT_URI_COLUMNS:
-            connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                f"WHERE substr({column}, 1, ?) = ?",
-                (new_uri, len(old_uri) + 1, len(old_uri) + 1, f"{old_uri}/"),
-            )
-
-
-def _require_own_artifacts(database: Path, artifact_root: Path) -> None:
-    """Check that the database, which a stranger may have made, keeps artifacts beside itself.
-
-    Args:
-        database: SQLite database of MLflow; nothing happens if it is missing or empty.
-        artifact_root: Folder of all artifacts.
-
-    Raises:
-        DamagedFileError: The experiment or one of its runs has its artifacts elsewhere. One line.
-    """
-    if not database.is_file():
-        return
-    with closing(sqlite3.connect(database, timeout=60)) as connection:
-        if not connection.execute(
-            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
-        ).fetchone():
-            return
-        rows = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE name = :name UNION "
-            "SELECT artifact_uri FROM runs JOIN experiments USING (experiment_id) "
-            "WHERE experiments.name = :name",
-            {"name": get_experiment_name()},
-        ).fetchall()
-    root = str(artifact_root.resolve())
-    for (uri,) in rows:
-        path = unquote(urlsplit(str(uri)).path)
-        is_file = urlsplit(str(uri)).scheme in ("", "file")
-        if not is_file or os.path.commonpath([root, os.path.normpath(f"/{path}")]) != root:
-            raise DamagedFileError(
-                f"{database}: it keeps artifacts in {shorten_value(uri)}, outside of {root}: move "
-                f"it away, or set {_URI_VARIABLE}=sqlite:///{database} if you trust it"
-            )
 
 
 class _CheckedClient:
@@ -821,7 +781,7 @@ def _request_server_version(uri: str) -> Any:
     """Ask a server once for its version; InfrastructureError if it does not answer."""
     import requests
 
-    full_uri = fill_in_passwords(uri, _URI_VARIABLE).rstrip("/")
+    full_uri = fill_in_passwords(uri, URI_VARIABLE).rstrip("/")
     # The credentials that MLflow's own client reads; those of the URI come first.
     headers, login = {}, None
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):

@@ -36,6 +36,8 @@ from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
 
 # Figures take a second for each trial, and weights the space of the store.
 _N_SHOWN_TRIALS = 3
+# The processes of the first trials start meanwhile.
+_START_SECONDS = 5.0
 # Updates of a trial that wait for MLflow in memory.
 _MAX_WAITING_UPDATES = 50
 # Tag with the number of epochs that an ended run has.
@@ -82,7 +84,9 @@ class SweepTracker:
         self._updates_lock = threading.Lock()
         # The ledger has all that the records are made of.
         self._owns_records = records is None
-        self._records = records or RecordQueue("MLflow store", tracker.uri)
+        self._records = records or RecordQueue(
+            "MLflow store", tracker.uri, start_seconds=_START_SECONDS
+        )
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Open the sweep's run, and close runs of ended trials that are still open.
@@ -91,7 +95,7 @@ class SweepTracker:
         """
         self._ledger = ledger
         self._param_labels = param_labels(list(ledger.space.space))
-        self._tracker.wait_until_ready()
+        self._tracker.require_working_store()
         note_unrecorded(ledger.path)
         self._records.write(self._open_sweep_run)
 

@@ -1,0 +1,105 @@
+"""Start the cluster of a sweep while its data are read and libraries are imported.
+
+Ray's processes take seconds to start, most of which the driver only waits. This module imports no
+Ray itself.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Event, Thread
+
+from raysweep.sweep.ray_access import create_private_ray_folder, token_without_home
+from raysweep.sweep.ray_environment import ray_environment
+from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
+
+
+class ClusterStart:
+    """A cluster of this machine that a thread starts.
+
+    The thread lives as long as the cluster, because Linux ends Ray's processes with the thread that
+    started them.
+    """
+
+    def __init__(self) -> None:
+        self._started: Future[None] = Future()
+        self._ended = Event()
+        self._thread: Thread | None = None
+
+    def begin(self) -> None:
+        """Start the cluster, if that has not begun before. Returns at once."""
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="cluster start")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the cluster has started.
+
+        Raises:
+            InfrastructureError: It could not be started; one line.
+        """
+        self.begin()
+        self._started.result()
+
+    def end(self) -> None:
+        """Stop the cluster, if its start has begun."""
+        if self._thread is None or self._ended.is_set():
+            return
+        with suppress(Exception):
+            self._started.result()
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """Start the cluster, and wait for its end."""
+        try:
+            from raysweep.sweep.cluster import start_local_cluster
+
+            with ExitStack() as workers:
+                start_local_cluster(workers)
+                self._started.set_result(None)
+                self._ended.wait()
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+
+_current_starts: list[ClusterStart] = []
+
+
+def find_cluster_start() -> ClusterStart | None:
+    """Return the start of the cluster that this process will use; None if it was not prepared."""
+    return _current_starts[-1] if _current_starts else None
+
+
+@contextmanager
+def prepare_cluster(address: str | None) -> Iterator[ClusterStart | None]:
+    """Context manager that starts the server of workers, and can start the cluster early.
+
+    Args:
+        address: As for `connect_to_cluster`, which uses this cluster.
+
+    Yields:
+        The start of the cluster, which has not begun; None if `connect_to_cluster` will join a
+        cluster.
+    """
+    ray = sys.modules.get("ray")
+    joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())
+    if joins_cluster or _current_starts:
+        yield None
+        return
+    with ExitStack() as prepared:
+        prepared.enter_context(ray_environment())
+        prepared.enter_context(token_without_home())
+        if can_fork_workers():
+            prepared.enter_context(run_worker_server(create_private_ray_folder().parent))
+        start = ClusterStart()
+        _current_starts.append(start)
+        prepared.callback(_current_starts.remove, start)
+        prepared.callback(start.end)
+        yield start
