@@ -172,7 +172,7 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
         SqlTag,
     )
 
-    _, experiment = tracker._connection.result()
+    _, experiment = tracker._start_connecting().result()
     now = int(time.time() * 1000)
     rows: dict[Any, list[dict[str, Any]]] = {
         m: [] for m in (SqlRun, SqlTag, SqlParam, SqlMetric, SqlLatestMetric)
