@@ -7,8 +7,9 @@
 Each part is also a script with its own sizes: training_step.py, random_numbers.py,
 objective_cost.py, autoattack.py, sweeps.py, scaling.py, footprint.py. Not in the table: the choice
 of the objective (objectives.py), accuracies of the methods (methods_on_digits.py), killed sweeps
-(kills.py), simulated large sweeps (scale.py), the early end of sweeps (told_apart.py), mutation
-tests (mutants.py), and wrong inputs (fuzz_inputs.py).
+(kills.py), simulated large sweeps (scale.py), the early end of sweeps (told_apart.py), how often
+AutoAttack overturns the objective (overturned_choices.py), the papers' pipelines reduced
+(paper_pipelines.py), mutation tests (mutants.py), and wrong inputs (fuzz_inputs.py).
 """
 
 import argparse

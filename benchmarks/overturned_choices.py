@@ -6,10 +6,12 @@ Each sweep is `raysweep tune METHOD` with its shipped search space, the seed for
 the trials, and five finalists. `--metric pgd` searches for the highest accuracy under PGD-20, as
 the papers choose their checkpoints, instead of the default objective. Prints a Markdown table:
 which trial the objective chooses, which full AutoAttack on the same validation images chooses, and
-by how much it is better under AutoAttack. Sweeps that are finished in `--out` are not run again.
+by how much it is better under AutoAttack. Sweeps that are finished in `--out` are not run again, so
+that other settings (`--set`) need another folder.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import describe_machine, format_table
@@ -23,23 +25,22 @@ from raysweep.training.validation import DEFAULT_OBJECTIVE
 N_FINALISTS = 5
 
 
-def run_sweep(method: str, metric: str, seed: int, out: Path) -> FinalistSummary:
+def run_sweep(
+    method: str, metric: str, seed: int, out: Path, settings: Sequence[str] = ()
+) -> FinalistSummary:
     """Run one sweep, unless it is finished; return what AutoAttack says of its finalists."""
     name = f"{method}-{seed}" if metric == DEFAULT_OBJECTIVE else f"{method}-{metric}-{seed}"
     folder = out / "runs" / name
     if not folder.exists():
-        settings = {
-            "metric": metric,
-            "sampler.seed": seed,
-            "seed": seed,
-            "finalists": N_FINALISTS,
-            "base_runs": 0,
-        }
-        overrides = [
-            argument
-            for path, value in settings.items()
-            for argument in ("--set", f"{path}={value}")
+        all_settings = [
+            f"metric={metric}",
+            f"sampler.seed={seed}",
+            f"seed={seed}",
+            f"finalists={N_FINALISTS}",
+            "base_runs=0",
+            *settings,
         ]
+        overrides = [argument for setting in all_settings for argument in ("--set", setting)]
         command = ["tune", method, "--name", name, "--out", str(out), *overrides]
     else:
         command = ["tune", "--resume", name, "--out", str(out)]
@@ -79,9 +80,12 @@ def main() -> None:
         "--metric", choices=["robust_worst", "pgd", "cw"], default=DEFAULT_OBJECTIVE
     )
     parser.add_argument("--out", type=Path, default=Path("overturned"))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="as for `raysweep tune`"
+    )
     args = parser.parse_args()
     rows = [
-        format_row(method, seed, run_sweep(method, args.metric, seed, args.out))
+        format_row(method, seed, run_sweep(method, args.metric, seed, args.out, args.set))
         for method in args.methods
         for seed in args.seeds
     ]

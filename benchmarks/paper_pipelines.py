@@ -39,14 +39,14 @@ from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.training.config import TrainingConfig
 
 LARGEST_LEARNING_RATE = 0.05
-N_TRAIN_DIGITS, N_VAL_DIGITS = 400, 100
+N_TRAIN_DIGITS, N_VAL_DIGITS = 300, 80
 SHORT_VALIDATION: Mapping[str, Any] = {"validation.finish": {}, "validation.scales": []}
 ON_DIGITS: Mapping[str, Any] = {
     **SHORT_VALIDATION,
     "data.name": "digits",
     "data.train_size": N_TRAIN_DIGITS,
     "data.val_size": N_VAL_DIGITS,
-    "batch_size": 32,
+    "batch_size": 20,
     "model.name": "digits_cnn",
     "*.eps": 0.15,
     "*.step_size": 0.03,
