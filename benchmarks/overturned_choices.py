@@ -7,7 +7,8 @@ the trials, and five finalists. `--metric pgd` searches for the highest accuracy
 the papers choose their checkpoints, instead of the default objective. Prints a Markdown table:
 which trial the objective chooses, which full AutoAttack on the same validation images chooses, and
 by how much it is better under AutoAttack. Sweeps that are finished in `--out` are not run again, so
-that other settings (`--set`) need another folder.
+that other settings need another folder. Further arguments, such as `--trials 5` or `--set`, are
+those of `raysweep tune`.
 """
 
 import argparse
@@ -26,22 +27,25 @@ N_FINALISTS = 5
 
 
 def run_sweep(
-    method: str, metric: str, seed: int, out: Path, settings: Sequence[str] = ()
+    method: str, metric: str, seed: int, out: Path, options: Sequence[str] = ()
 ) -> FinalistSummary:
     """Run one sweep, unless it is finished; return what AutoAttack says of its finalists."""
     name = f"{method}-{seed}" if metric == DEFAULT_OBJECTIVE else f"{method}-{metric}-{seed}"
     folder = out / "runs" / name
     if not folder.exists():
-        all_settings = [
-            f"metric={metric}",
-            f"sampler.seed={seed}",
-            f"seed={seed}",
-            f"finalists={N_FINALISTS}",
-            "base_runs=0",
-            *settings,
+        settings = {
+            "metric": metric,
+            "sampler.seed": seed,
+            "seed": seed,
+            "finalists": N_FINALISTS,
+            "base_runs": 0,
+        }
+        overrides = [
+            argument
+            for path, value in settings.items()
+            for argument in ("--set", f"{path}={value}")
         ]
-        overrides = [argument for setting in all_settings for argument in ("--set", setting)]
-        command = ["tune", method, "--name", name, "--out", str(out), *overrides]
+        command = ["tune", method, "--name", name, "--out", str(out), *overrides, *options]
     else:
         command = ["tune", "--resume", name, "--out", str(out)]
     if exit_code := run_command_line(command):
@@ -80,12 +84,9 @@ def main() -> None:
         "--metric", choices=["robust_worst", "pgd", "cw"], default=DEFAULT_OBJECTIVE
     )
     parser.add_argument("--out", type=Path, default=Path("overturned"))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="as for `raysweep tune`"
-    )
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     rows = [
-        format_row(method, seed, run_sweep(method, args.metric, seed, args.out, args.set))
+        format_row(method, seed, run_sweep(method, args.metric, seed, args.out, options))
         for method in args.methods
         for seed in args.seeds
     ]

@@ -163,7 +163,8 @@ def plot_weight_histogram(
     Returns:
         The figure, with weights as multiples of their batch's mean.
     """
-    figure, axes = create_axes(f"weight of {term} / mean", "training examples")
+    x_label = f"weight of {term} / mean; last bar: and larger"
+    figure, axes = create_axes(x_label, "training examples")
     _draw_histogram(axes, histograms, f"weight_{term}", epoch)
     axes.axvline(LOW_WEIGHT_THRESHOLD, color="black", linestyle=":")
     return figure
@@ -371,4 +372,5 @@ def _draw_histogram(
     histogram = histograms[epoch][name]
     axes.stairs(histogram["counts"], histogram["edges"], fill=True)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_title(f"epoch {epoch}")
+    # At its usual size the title would not fit above the panel.
+    axes.set_title(f"epoch {epoch}", fontsize="small", pad=3)
