@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from measure import describe_machine, format_table
 
 from raysweep.atomic_files import atomic_open
@@ -35,7 +36,9 @@ def call(code: Path, folder: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
-def run_sweep(code: Path, folder: Path, method: str, seed: int) -> dict[str, Any]:
+def run_sweep(
+    code: Path, folder: Path, method: str, seed: int, options: list[str]
+) -> dict[str, Any]:
     """Run a sweep, or its rest, and attack its best trial.
 
     Returns:
@@ -44,8 +47,11 @@ def run_sweep(code: Path, folder: Path, method: str, seed: int) -> dict[str, Any
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = ["tune", method, "--name", "sweep", "--set", f"sampler.seed={seed}"]
-    start += ["--set", f"seed={seed}"]
+    space = yaml.safe_load((code / "search_spaces" / f"{method}.yaml").read_text())
+    space["sampler"]["seed"] = seed
+    (folder / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    start = ["tune", "--space", str(folder / "space.yaml"), "--name", "sweep"]
+    start += ["--set", f"seed={seed}", *options]
     is_started = (folder / "runs" / "sweep" / "sweep.json").exists()
     facts = call(code, folder, *(["tune", "--resume", "sweep"] if is_started else start))
     evaluation = call(code, folder, "eval", "sweep")
@@ -75,15 +81,19 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="checkout of the other commit")
     parser.add_argument("--method", default="gairat")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, help="trials of both (default: those of each)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="PATH=VALUE", help="for both")
     args = parser.parse_args()
     versions = {"before": args.before.resolve(), "after": HERE}
+    options = [part for setting in args.set for part in ("--set", setting)]
+    options += ["--trials", str(args.trials)] if args.trials else []
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in versions}
     for seed in range(args.seeds):
         for name, code in versions.items():
             folder = args.work.resolve() / f"{args.method}-{name}-{seed}"
             path = folder / "result.json"
             if not path.exists():
-                found = run_sweep(code, folder, args.method, seed)
+                found = run_sweep(code, folder, args.method, seed, options)
                 with atomic_open(path) as file:
                     file.write(json.dumps(found).encode())
             results[name].append(json.loads(path.read_text()))
