@@ -63,7 +63,7 @@ ON_CIFAR10: Mapping[str, Any] = {
     "model.name": "digits_cnn",
     "method.attacks.*.steps": 5,
     "method.attacks.*.step_size": 2 / 255,
-    "stages.autoattack.n": 30,
+    "stages.autoattack.n": 20,
     "stages.train.seeds": [0],
 }
 # No figure shows AutoAttack, which takes as long as the training.
