@@ -35,7 +35,6 @@ from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
 from raysweep.pipeline.pipeline import load_pipeline
 from raysweep.pipeline.train import TrainStage
-from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.training.config import TrainingConfig
 
 LARGEST_LEARNING_RATE = 0.05
@@ -282,6 +281,9 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(missing))}: --data-dir is needed")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
+    # Not at the top of the file: a test without Ray imports the rest.
+    from raysweep.sweep.cluster import connect_to_cluster
+
     with connect_to_cluster():
         for name in names:
             folders = run_pipeline(name, args.out, args.data_dir)

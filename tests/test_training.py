@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -114,18 +115,23 @@ def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_pa
 
 
 def train_until_killed(config: TrainingConfig, path: Path, function: str) -> None:
-    """Training that kills its process after epoch 3, when a function is called the second time."""
-    calls = itertools.count(1)
+    """Training that kills its process when a function is called the second time after the report
+    of epoch 3, in any thread.
+    """
+    calls, is_reported = itertools.count(1), threading.Event()
 
     def kill_at_second_call(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_name == function and next(calls) == 2:
+        is_call = event == "call" and frame.f_code.co_name == function
+        if is_call and is_reported.is_set() and next(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watch_calls(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
+    def watch_epochs(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
         if saved.epoch == 3:
-            sys.setprofile(kill_at_second_call)
+            is_reported.set()
 
-    train_model(config, path, FunctionCallback(watch_calls))
+    threading.setprofile(kill_at_second_call)
+    sys.setprofile(kill_at_second_call)
+    train_model(config, path, FunctionCallback(watch_epochs))
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +143,21 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("function", "last_saved"),
-    [("compute_step_gradients", 3), ("_save_tensors", 3), ("_write_meta", 4)],
+    ("function", "possible"),
+    # A checkpoint is written beside the steps of the next epoch.
+    [("compute_step_gradients", {3, 4}), ("_save_tensors", {3}), ("_write_meta", {4})],
     ids=["amid an epoch", "amid a checkpoint", "amid the next checkpoint"],
 )
 def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(
-    function: str, last_saved: int, whole_run: Path, tmp_path: Path
+    function: str, possible: set[int], whole_run: Path, tmp_path: Path
 ) -> None:
     config = tiny("lrat", epochs=5)
     process = forked_processes.start_function(
         train_until_killed, config, tmp_path / "killed", function
     )
     assert process.wait() == -signal.SIGKILL, process.err
-    assert RunDirectory(tmp_path / "killed").list_saved_epochs()[-1] == last_saved
+    last_saved = RunDirectory(tmp_path / "killed").list_saved_epochs()[-1]
+    assert last_saved in possible
     epochs = []
     train_model(
         config,

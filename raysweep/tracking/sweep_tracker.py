@@ -6,6 +6,7 @@ written by the thread of a `RecordQueue`, so that the driver never waits for MLf
 
 import shlex
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from raysweep.data import DatasetSplits
@@ -97,7 +98,9 @@ class SweepTracker:
         self._param_labels = param_labels(list(ledger.space.space))
         self._tracker.require_working_store()
         note_unrecorded(ledger.path)
-        self._records.write(self._open_sweep_run)
+        # As they are now: the record is written later, and trials that end meanwhile write theirs.
+        ended = [run for run in ledger.load_all_runs() if run.state != "running"]
+        self._records.write(lambda: self._open_sweep_run(ended))
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
@@ -142,15 +145,15 @@ class SweepTracker:
         """Wait until all is written or the store fails; return whether all is written."""
         return self._records.flush()
 
-    def _open_sweep_run(self) -> None:
-        """Open the sweep's run, and close runs of ended trials that are still open."""
+    def _open_sweep_run(self, ended: Sequence[Trial]) -> None:
+        """Open the sweep's run, and complete those of trials that had ended when it began."""
         ledger = self._ledger
         tags = {_KIND_TAG: "sweep", _SWEEP_TAG: ledger.key}
         self._sweep_run_id = self._tracker.get_or_create_run(ledger.name, tags)
         config = ledger.space.trial_config({})
         self._tracker.log_config(self._sweep_run_id, config, self._dataset)
         self._tracker.log_json(self._sweep_run_id, ledger.space.to_stored_dict(), "space.json")
-        self._close_stale_runs()
+        self._complete_ended_runs(ended)
 
     def _write_updates(self, key: str) -> None:
         """Write what a trial has reported since the last time."""
@@ -316,9 +319,8 @@ class SweepTracker:
         checkpoint_uri = ledger.best_checkpoint_path(best_trial)
         return [*lines, f"next: raysweep eval {shlex.quote(str(checkpoint_uri))}"]
 
-    def _close_stale_runs(self) -> None:
+    def _complete_ended_runs(self, ended: Sequence[Trial]) -> None:
         """Complete the runs of ended trials: a driver was killed, or MLflow did not answer."""
-        ended = [trial for trial in self._ledger.load_all_runs() if trial.state != "running"]
         if not ended:
             return
         found = {
