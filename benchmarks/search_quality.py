@@ -406,7 +406,7 @@ def main() -> None:
         help="rank trials by their mean over so many last epochs (default: by the best epoch)",
     )
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
-    parser.add_argument("--ours", default="TPE, ASHA from 6, 1 of 3", choices=VARIANTS)
+    parser.add_argument("--ours", default="TPE, ASHA from 6", choices=VARIANTS)
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
