@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import logging
 import multiprocessing
 import os
@@ -114,6 +115,13 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         not HAS_RAY and collection_path.suffix == ".py" and not is_importable(collection_path)
     )
     return True if left_out else None
+
+
+def count_reported_epochs(sweep: Path) -> int:
+    """Return the number of epochs that a running sweep has in its ledger. A checkpoint exists a
+    moment before its epoch is reported.
+    """
+    return sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json"))
 
 
 @pytest.hookimpl(trylast=True)

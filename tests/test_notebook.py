@@ -10,6 +10,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from conftest import count_reported_epochs
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from test_python_api import SETTINGS
@@ -70,7 +71,7 @@ def test_a_sweep_in_a_notebook_can_be_interrupted(environment: Path, empty_store
         messages: list[dict[str, Any]] = []
 
         def interrupt_after_an_epoch() -> None:
-            while not is_over.is_set() and not list(environment.glob("runs/g1/trials/*/epoch-*")):
+            while not is_over.is_set() and not count_reported_epochs(environment / "runs" / "g1"):
                 time.sleep(0.05)
             kernel.interrupt_kernel()
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_RUN, TINY
+from conftest import ONE_RUN, TINY, count_reported_epochs
 
 import raysweep
 from raysweep.cli import main
@@ -249,7 +249,7 @@ def test_a_sweep_of_a_thread_equals_that_of_the_command_line(ray_cluster, workdi
 @pytest.mark.mlflow
 def test_an_interrupted_sweep_is_an_error_and_resumes(ray_cluster, workdir: Path) -> None:
     def interrupt_after_an_epoch() -> None:
-        while not list(workdir.glob("runs/g1/trials/*/epoch-0001")):
+        while not count_reported_epochs(workdir / "runs" / "g1"):
             is_over.wait(0.02)
         signal.raise_signal(signal.SIGINT)
 

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import forked_processes
 import pytest
 import ray
+from conftest import count_reported_epochs
 from forked_processes import ForkedProcess
 from moto.server import ThreadedMotoServer
 
@@ -53,10 +54,6 @@ def tune(ray_cluster, empty_store, workdir: Path, monkeypatch: pytest.MonkeyPatc
         process.kill()
 
 
-def epochs_of(sweep: Path) -> int:
-    return sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json"))
-
-
 def has_ended_trial(sweep: Path) -> bool:
     return any(
         json.loads(file.read_text())["state"] != "running"
@@ -72,7 +69,7 @@ def wait_until(condition: Callable[[], bool], process: ForkedProcess) -> None:
 
 
 def wait_for_epochs(sweep: Path, count: int, process: ForkedProcess) -> None:
-    wait_until(lambda: epochs_of(sweep) >= count, process)
+    wait_until(lambda: count_reported_epochs(sweep) >= count, process)
 
 
 def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(
@@ -90,7 +87,7 @@ def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(
     )
 
     for end in (signal.SIGINT, signal.SIGTERM):
-        before = epochs_of(sweep)
+        before = count_reported_epochs(sweep)
         again = tune("--resume", "s", "--max-time", "1h")
         wait_for_epochs(sweep, before + 1, again)
         again.send_signal(end)
