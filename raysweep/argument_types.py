@@ -14,16 +14,19 @@ Result = TypeVar("Result")
 
 
 def accept_scalars(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorate a function so that it takes scalars of NumPy and PyTorch for plain arguments.
+    """Decorator: the function also accepts scalars of NumPy and PyTorch as arguments.
 
     Args:
-        function: Any function. It receives an argument such as `numpy.int64(3)` or
-            `torch.tensor(0.1)` as the plain number, text, True or False that it stands for.
+        function: Any function.
+
+    Returns:
+        The function, to which an argument such as `numpy.int64(3)` or `torch.tensor(0.1)` is passed
+        as a plain int, float, str or bool.
     """
 
     @functools.wraps(function)
     def call_with_plain_values(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Call the function."""
+        """Call the function with plain arguments."""
         plain_args: Any = map(to_plain_scalar, args)
         plain_kwargs: Any = {name: to_plain_scalar(value) for name, value in kwargs.items()}
         return function(*plain_args, **plain_kwargs)
@@ -32,10 +35,13 @@ def accept_scalars(function: Callable[Arguments, Result]) -> Callable[Arguments,
 
 
 def to_plain_scalar(value: Any) -> Any:
-    """Return the plain value of a scalar of NumPy or PyTorch; any other value itself.
+    """Convert a scalar of NumPy or PyTorch to a plain value.
 
     Args:
         value: Any value.
+
+    Returns:
+        An int, float, str or bool for such a scalar; any other value unchanged.
     """
     return value.tolist() if _is_array(value) and value.shape == () else value
 
@@ -74,7 +80,7 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
     Raises:
         SpecError: It is none of them, or lies in more than 100 lists and mappings. One line.
     """
-    # Before the others: NumPy's scalars include subclasses of float and str.
+    # Checked first, because `numpy.float64` is a float and `numpy.str_` is a str.
     if _is_array(value):
         return to_plain_value(name, value.tolist(), depth + 1)
     if value is None or isinstance(value, bool | int | float):

@@ -93,7 +93,7 @@ def atomic_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
     yield partial
     for file in filter(Path.is_file, partial.rglob("*")):
         if file.stat().st_nlink > 1:
-            # A link to a file of another such folder, which is on the disk already.
+            # A hard link to a file of another atomic folder, which is on the disk already.
             continue
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

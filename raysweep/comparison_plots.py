@@ -18,7 +18,7 @@ from raysweep.text_figure import TextFigure
 from raysweep.training.config import TrainingConfig
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.7, 2.1
-# Style of matplotlib -> its name.
+# Line style of matplotlib -> its name in labels.
 _LINE_STYLES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dotted"}
 _LABEL_SIZE = 7
 # Curves with more points are drawn without markers.

@@ -56,7 +56,7 @@ class RecordQueue:
         kind: str,
         uri: str,
         flush_seconds: float | None = _FLUSH_SECONDS,
-        start_seconds: float = 0.0,
+        start_delay_seconds: float = 0.0,
     ) -> None:
         """Make an empty queue. For a SQLite database, it reserves disk space for the last records.
 
@@ -64,10 +64,10 @@ class RecordQueue:
             kind: What messages call the store, such as `MLflow store`.
             uri: URI of the store.
             flush_seconds: Longest time that `flush` and `finish` wait; None for no limit.
-            start_seconds: Seconds between the first record and its writing, in which the work has
-                the interpreter to itself; `flush` ends them.
+            start_delay_seconds: Time before the first record is written, in which the writer's
+                thread takes no time from the start of the work; `flush` ends it early.
         """
-        self._start_seconds = start_seconds
+        self._start_delay_seconds = start_delay_seconds
         self._flush_seconds = flush_seconds
         self._store_name = f"{kind} {uri}"
         database = find_sqlite_file(uri)
@@ -172,7 +172,7 @@ class RecordQueue:
     def _write_records(self) -> None:
         """Write records in rounds, until this thread is no longer the queue's writer."""
         this_thread = threading.current_thread()
-        self._rest(self._start_seconds)
+        self._pause_writer(self._start_delay_seconds)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._writer is not this_thread)
@@ -186,10 +186,10 @@ class RecordQueue:
                 pause = max(_MIN_REST, _REST_FACTOR * seconds)
             else:
                 pause = max(_MIN_PAUSE, _PAUSE_FACTOR * seconds)
-            self._rest(pause)
+            self._pause_writer(pause)
 
-    def _rest(self, seconds: float) -> None:
-        """Wait in the writer's thread; `flush` and the end of the queue end the wait."""
+    def _pause_writer(self, seconds: float) -> None:
+        """Wait in the writer's thread; `flush` and the end of the queue end the wait early."""
         this_thread = threading.current_thread()
         with self._changed:
             self._changed.wait_for(

@@ -308,7 +308,7 @@ class Sweep:
             Sentences; empty before the first epoch, or if no metric is conspicuous.
 
         Raises:
-            SpecError: The trial's last checkpoint is damaged, or this is no number.
+            SpecError: The trial's last checkpoint is damaged, or `trial` is not an int.
         """
         check_argument_type("trial", trial, (int,), "the number of a trial")
         return advise_on_trial(self.ledger, trial)

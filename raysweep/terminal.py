@@ -395,7 +395,7 @@ class TrialTable:
         return table
 
     def _build_wrapped_settings_table(self) -> Table:
-        """Build a table of the searched settings, in which those of a trial wrap."""
+        """Build a table with all searched settings of a trial in one column, where they wrap."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("trial", no_wrap=True)
         table.add_column("settings", overflow="fold")

@@ -103,7 +103,7 @@ def test_images_without_a_test_set_train_and_are_not_evaluated(workdir: Path, ca
     again = raysweep.train("at", data={"train": (x, y)}, settings=settings, name="r")
     assert again.best == run.best, "the same images"
     assert main(["eval", "r"]) == 2
-    assert "has no test images, which this needs: put test.npz" in capsys.readouterr().err
+    assert "has no test images to evaluate on: put test.npz" in capsys.readouterr().err
     (image_folder,) = (workdir / "runs" / ".arrays").iterdir()
     assert main(["train", "at", "--data-dir", str(image_folder), "--plan"]) == 0
     assert "none for test" in capsys.readouterr().out

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # Of a step, this share goes along the gradient, the rest along the move before (as in APGD).
 _MOMENTUM = 0.75
-# When fewer rows are left, several runs of each are computed in one batch of about this size. In
-# small batches, the cost of a pass hardly depends on the rows.
+# When fewer rows are left, several runs of each are computed in one batch of about this size: the
+# time of a pass through a small batch hardly depends on the number of rows.
 _PACKED_ROWS = 64
 
 
@@ -104,15 +104,15 @@ class MultiTargeted(Spec):
                     break
                 if run == 1:
                     targets = self._rank_targets(search.best_logits, y)
-                # The targets of later runs depend on the first one.
+                # The first run is alone, because it determines the targets of the later ones.
                 n_packed = max(1, _PACKED_ROWS // len(rows)) if run else 1
                 runs = range(run, min(run + n_packed, self.runs))
-                found = self._run_packed(model, x[rows], y[rows], targets[rows], runs, rng, rows)
-                for number, of_run in zip(runs, found, strict=True):
-                    # As if the runs came one after the other: a row may leave after any of them.
-                    live_rows = self._find_live_rows(search, clean_margin, number)
+                results = self._run_packed(model, x[rows], y[rows], targets[rows], runs, rng, rows)
+                for run_index, result in zip(runs, results, strict=True):
+                    # Results of runs after which a row would not have taken part do not count.
+                    live_rows = self._find_live_rows(search, clean_margin, run_index)
                     is_live = torch.isin(rows, live_rows)
-                    search.put(rows[is_live], of_run.select_rows(is_live))
+                    search.put(rows[is_live], result.select_rows(is_live))
                 run = runs.stop
         return AttackResult(search.best_x, search.queries)
 
@@ -140,7 +140,7 @@ class MultiTargeted(Spec):
         rng: ExampleRng,
         rows: Tensor,
     ) -> list[_Search]:
-        """Take several runs of the rows (M,) in one batch; return what each run found."""
+        """Compute several runs of the rows (M,) in one batch; return the result of each run."""
         eps, rows_rng = resolved_value(self.eps), rng.select_rows(rows)
         streams = [rows_rng.derive_stream("run", run) for run in runs]
         x_start = torch.cat([_sample_start(x, eps, self.norm, stream) for stream in streams])
@@ -209,11 +209,11 @@ class _Search:
         return cls(x.clone(), x.new_zeros(len(x), 0), margin, is_broken, torch.zeros_like(y))
 
     def select_rows(self, rows: Tensor) -> _Search:
-        """Return what was found for some of the rows, by a mask (N,) or positions."""
+        """Select the results of some rows, by a mask (N,) or by positions."""
         return _Search(*(values[rows] for values in vars(self).values()))
 
     def split(self, n_parts: int) -> list[_Search]:
-        """Return the first, second, ... of `n_parts` equal parts of the rows."""
+        """Split the rows into `n_parts` equal parts, in order."""
         parts = zip(*(values.chunk(n_parts) for values in vars(self).values()), strict=True)
         return [_Search(*part) for part in parts]
 

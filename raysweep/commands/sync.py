@@ -80,8 +80,8 @@ def run_command(args: argparse.Namespace) -> None:
     Raises:
         SpecError: There is no work of a name.
         InfrastructureError: MLflow or a bucket does not answer, or MLflow refused a record.
-        RaysweepError: A work failed, for example because a file of it is damaged. The others are
-            written. It has a line for each work that failed.
+        RaysweepError: Some work could not be recorded, for example because one of its files is
+            damaged. All other work is recorded. One line for each failure.
     """
     request = SyncRequest.from_args(args)
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
@@ -115,13 +115,13 @@ def run_command(args: argparse.Namespace) -> None:
             lines = ["MLflow lacks nothing"]
         print(*lines, sep="\n", end="\n" if lines else "")
     if errors:
-        # If one is about the infrastructure, the same command can succeed later.
-        passing = (error for error in errors if isinstance(error, InfrastructureError))
-        raise type(next(passing, errors[0]))(problems)
+        # The exit code of an InfrastructureError says that the same command may succeed later.
+        temporary = (error for error in errors if isinstance(error, InfrastructureError))
+        raise type(next(temporary, errors[0]))(problems)
 
 
 def _try_to_record(work: UnrecordedWork, tracker: Tracker) -> RaysweepError | None:
-    """Write what MLflow lacks of a work; return why it could not be written, or None."""
+    """Write the records of a work that MLflow lacks; return the error if this fails, or None."""
     from raysweep.commands.session import find_expected_error
     from raysweep.errors import is_interruption
     from raysweep.output_streams import OutputClosed
@@ -135,7 +135,7 @@ def _try_to_record(work: UnrecordedWork, tracker: Tracker) -> RaysweepError | No
         expected = find_expected_error(error, "sync")
         if expected is None or is_interruption(error):
             raise
-        logger.info("%s cannot be written", work.title, exc_info=error)
+        logger.info("the records of %s cannot be written", work.title, exc_info=error)
         return expected.with_prefix(f"{work.title}: ")
     return None
 

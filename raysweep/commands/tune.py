@@ -343,10 +343,10 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         and not resumed_ledger.has_work_left(request.retry_failed)
     )
     needs_workers = not request.plan_only and not is_finished
-    # It takes seconds, as do the imports of this process: the data, PyTorch, Ray.
+    # Ray takes seconds to start, in which this process imports libraries and reads the data.
     with prepare_cluster(request.address) if needs_workers else nullcontext() as cluster_start:
         if cluster_start is not None and space.trial_config({}).data.data_dir is None:
-            # Data without files cannot be wrong.
+            # A data set without a folder cannot be missing, so the sweep will need the cluster.
             cluster_start.begin()
         dataset = _load_dataset(request, space, resumed_ledger)
         if cluster_start is not None:

@@ -134,7 +134,7 @@ class DatasetSplits:
         """
         if not len(self.test):
             raise SpecError(
-                "the data set has no test images, which this needs: put test.npz or test.parquet "
+                "the data set has no test images to evaluate on: put test.npz or test.parquet "
                 'beside the training images (in Python: data={"train": (x, y), "test": (x, y)})'
             )
         return self.test

@@ -1,4 +1,4 @@
-"""How long AutoAttack on a model takes, from how long its validation took."""
+"""Estimate the duration of AutoAttack on a model from the duration of its validation."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from raysweep.attacks import build_named_attack
 from raysweep.training.validation import Validation
 
-# A forward pass without the gradient, in relation to one with it.
+# The unit of costs is a forward and a backward pass of one example. Here: a forward pass alone.
 _FORWARD_COST = 1 / 3
-# Passes of an example on which nothing but the natural images is measured.
+# Cost of the evaluation of one natural image.
 _NATURAL_COST = 1.0
 
 
@@ -17,16 +17,18 @@ def estimate_autoattack_seconds(
 ) -> float | None:
     """Estimate the seconds that AutoAttack takes on the validation images, in one process.
 
-    The validation measured how long a pass through the network takes. The number of passes follows
-    from the steps of the attacks and from how many examples survive them.
+    The duration of the validation, divided by its number of passes, is the duration of a pass. The
+    numbers of passes follow from the steps of the attacks and the share of examples that are still
+    robust.
 
     Args:
-        validation: The validation of an epoch.
-        metrics: What it measured.
+        validation: Settings of the validation.
+        metrics: Metrics of a validated epoch: `validation_seconds`, and the accuracies `clean` and
+            `robust_worst` from 0 to 1.
 
     Returns:
-        The seconds; None if they cannot be estimated: the epoch was not validated, or an earlier
-        version of raysweep did it.
+        The seconds; None if a metric is missing, because the epoch was not validated or was
+        validated by an earlier version of raysweep.
     """
     names = ("validation_seconds", "clean", "robust_worst")
     if any(name not in metrics for name in names):
@@ -46,12 +48,12 @@ def estimate_autoattack_seconds(
 
 
 def _count_passes(attacks: Iterable[Any]) -> float:
-    """Return the passes of an example that survives some attacks."""
+    """Return the number of passes of an example that survives all attacks."""
     return sum(map(_count_attack_passes, attacks))
 
 
 def _count_attack_passes(attack: Any) -> float:
-    """Return the passes of an example that survives an attack: forward and backward is one."""
+    """Return the number of passes of an example that survives an attack."""
     if hasattr(attack, "attacks"):
         return _count_passes(attack.attacks.values())
     if hasattr(attack, "queries"):

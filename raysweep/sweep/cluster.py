@@ -37,7 +37,7 @@ from raysweep.sweep.ray_internals import (
     hide_lost_process_messages,
     listen_on_loopback,
     silence_authentication_log,
-    start_no_unused_processes,
+    skip_unused_processes,
     use_worker_script,
 )
 from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
@@ -130,7 +130,7 @@ def start_local_cluster(workers: ExitStack, n_cpus: int | None = None) -> None:
         _convert_start_errors("Ray could not be started on this machine"),
         listen_on_loopback(),
         short_temporary_folder(folder.parent),
-        start_no_unused_processes(),
+        skip_unused_processes(),
         ExitStack() as start,
     ):
         logger.info("starting Ray on this machine")
@@ -154,7 +154,7 @@ def _join_cluster(address: str, source: str) -> None:
 
 @contextmanager
 def _convert_start_errors(problem: str) -> Iterator[None]:
-    """Raise errors of `ray.init` as InfrastructureError, with what they mean before their line."""
+    """Convert errors of `ray.init` to InfrastructureError: `problem`, then their first line."""
     try:
         yield
     except RaysweepError:
@@ -246,7 +246,7 @@ def _treat_termination_as_interrupt() -> Iterator[None]:
             extra={"is_shown_elsewhere": True},
         )
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            # Shells start the background jobs of a script so: a raised SIGINT would do nothing.
+            # As in a background job of a shell script, where raising SIGINT would do nothing.
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 

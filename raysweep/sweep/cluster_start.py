@@ -1,7 +1,7 @@
 """Start the cluster of a sweep while its data are read and libraries are imported.
 
-Ray's processes take seconds to start, most of which the driver only waits. This module imports no
-Ray itself.
+Ray's processes take seconds to start, and the driver would only wait for them. This module does not
+import Ray when it is imported.
 """
 
 import os
@@ -17,7 +17,7 @@ from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
 
 
 class ClusterStart:
-    """A cluster of this machine that a thread starts.
+    """A cluster on this machine that a thread starts.
 
     The thread lives as long as the cluster, because Linux ends Ray's processes with the thread that
     started them.
@@ -29,7 +29,7 @@ class ClusterStart:
         self._thread: Thread | None = None
 
     def begin(self) -> None:
-        """Start the cluster, if that has not begun before. Returns at once."""
+        """Begin to start the cluster, once; return at once."""
         if self._thread is None:
             self._thread = Thread(target=self._run, name="cluster start")
             self._thread.start()
@@ -38,13 +38,13 @@ class ClusterStart:
         """Wait until the cluster has started.
 
         Raises:
-            InfrastructureError: It could not be started; one line.
+            InfrastructureError: The cluster could not be started. One line.
         """
         self.begin()
         self._started.result()
 
     def end(self) -> None:
-        """Stop the cluster, if its start has begun."""
+        """Stop the cluster, unless it was never begun or has already ended."""
         if self._thread is None or self._ended.is_set():
             return
         with suppress(Exception):
@@ -73,20 +73,20 @@ _current_starts: list[ClusterStart] = []
 
 
 def find_cluster_start() -> ClusterStart | None:
-    """Return the start of the cluster that this process will use; None if it was not prepared."""
+    """Return the `ClusterStart` of the innermost `prepare_cluster`; None outside of one."""
     return _current_starts[-1] if _current_starts else None
 
 
 @contextmanager
 def prepare_cluster(address: str | None) -> Iterator[ClusterStart | None]:
-    """Context manager that starts the server of workers, and can start the cluster early.
+    """Context manager that starts the worker server, and lets the caller start the cluster early.
 
     Args:
-        address: As for `connect_to_cluster`, which uses this cluster.
+        address: As for `connect_to_cluster`, which uses the cluster that is prepared here.
 
     Yields:
-        The start of the cluster, which has not begun; None if `connect_to_cluster` will join a
-        cluster.
+        A `ClusterStart` that has not begun; None if `connect_to_cluster` will join a cluster, or if
+        an outer block has prepared one.
     """
     ray = sys.modules.get("ray")
     joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())

@@ -1,8 +1,8 @@
 """Interrupt a group of workers before one of its machines is taken away.
 
-Ray Train tells the workers when a node of theirs is drained. The trial's own process, on which the
-group depends, may be on another node: it receives SIGTERM and passes it on in a file. All workers
-then save the unfinished epoch after the same step.
+Ray Train tells the workers when one of their nodes is drained. The trial's own process, without
+which the group ends, may be on another node: when it receives SIGTERM, it writes a file that the
+workers look for. In both cases all workers save the unfinished epoch after the same step.
 """
 
 import logging
@@ -23,24 +23,24 @@ from raysweep.worker_group import WorkerGroup
 logger = logging.getLogger(__name__)
 
 _REQUEST_FILE = "interruption-request"
-# Seconds between two questions of the workers, which cost a message to Ray and a look at the file.
+# Seconds between two checks, each of which sends Ray a request and looks for the file.
 _CHECK_SECONDS = 2.0
 _SIGTERM_POLL_SECONDS = 0.2
 
 
 class GroupInterruption(NamedTuple):
-    """What a group returns that has saved an unfinished epoch and ended.
+    """Result of a group of workers that has saved its unfinished epoch and stopped.
 
     Attributes:
-        preempted_nodes: Ray's ids of the nodes that are taken away; empty if the trial's own
-            process asked for the interruption.
+        preempted_nodes: Ray's ids of the drained nodes; empty if the trial's own process asked for
+            the interruption.
     """
 
     preempted_nodes: tuple[str, ...]
 
 
 class GroupPreemptionWatch:
-    """Asks after each step whether the workers must stop; the answer is the same on all of them."""
+    """Decides after each step whether the workers must stop; all of them decide the same."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class GroupPreemptionWatch:
         Args:
             run_path: Folder of the trial.
             workers: The workers.
-            device: Device on which they add numbers.
-            clock: Returns the present time in seconds.
+            device: Device of the tensors that the workers exchange.
+            clock: Returns the current time in seconds.
         """
         self._request_file = run_path / _REQUEST_FILE
         self._workers = workers
@@ -91,7 +91,7 @@ class GroupPreemptionWatch:
         try:
             return self._request_file.is_file()
         except StoreUnavailable as error:
-            logger.info("%s cannot be looked for: %s", self._request_file, error)
+            logger.info("cannot check whether %s exists: %s", self._request_file, error)
             return False
 
     def _broadcast(self, value: bool) -> bool:

@@ -97,14 +97,14 @@ def _fit_group(
         for metrics in RunDirectory(run_path).read_history():
             tune.report(metrics)
         with relay_sigterm(run_path), ray_environment():
-            interruption: GroupInterruption | None = GroupInterruption(())
-            while interruption is not None:
+            while True:
                 trainer = _build_torch_trainer(
                     config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset
                 )
                 interruption = trainer.fit().return_value
-                if interruption is not None:
-                    _exit_if_preempted(interruption)
+                if interruption is None:
+                    break
+                _exit_if_preempted(interruption)
     except StoreUnavailable:
         raise
     except RaysweepError as error:
@@ -113,7 +113,7 @@ def _fit_group(
 
 
 def _exit_if_preempted(interruption: GroupInterruption) -> None:
-    """Exit this process if its own node is taken away, so that Tune starts the trial elsewhere."""
+    """Exit this process if it must leave its node, so that Tune starts the trial elsewhere."""
     own_node = ray.get_runtime_context().get_node_id()
     if termination_requested() or own_node in interruption.preempted_nodes:
         exit_preempted()

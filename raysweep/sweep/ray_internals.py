@@ -292,7 +292,7 @@ def use_worker_script(script: Path) -> Iterator[None]:
 
 
 @contextmanager
-def start_no_unused_processes() -> Iterator[None]:
+def skip_unused_processes() -> Iterator[None]:
     """Context manager: a cluster that starts in this block has no autoscaler and no dashboard.
 
     It also has no reader of logs, and its nodes have the agents of an installation without a
@@ -300,7 +300,7 @@ def start_no_unused_processes() -> Iterator[None]:
     """
 
     def start_nothing(node: Any, **options: Any) -> None:
-        """Take the place of a method of Ray's node that starts a process."""
+        """Replace a method of Ray's node that starts a process."""
 
     def start_no_dashboard(node: Any, **options: Any) -> None:
         """Leave the address of the dashboard empty, as where Ray is installed without one."""

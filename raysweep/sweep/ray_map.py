@@ -41,14 +41,14 @@ class RayMap:
     """
 
     def __init__(self, cpus: float = 1, gpus: float = 0, retries: int = 5) -> None:
-        self._amounts = {"num_cpus": cpus, "num_gpus": gpus}
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self._retries = retries
         self._n_threads = max(1, int(cpus))
 
     @property
     def width(self) -> int:
         """Number of tasks that the cluster runs at the same time, at least 1."""
-        amounts = {"CPU": self._amounts["num_cpus"], "GPU": self._amounts["num_gpus"]}
+        amounts = {"CPU": self._resources["num_cpus"], "GPU": self._resources["num_gpus"]}
         cluster = cluster_capacity()
         ratios = [cluster.get(kind, 0) / amount for kind, amount in amounts.items() if amount]
         return max(1, int(min(ratios)))
@@ -74,7 +74,7 @@ class RayMap:
         """
         # Within a list a reference stays one, so that a worker reads the function only once.
         references = [_put_with_code(function)]
-        iter_finished = self._run_in_actors if self._amounts["num_gpus"] else self._run_in_tasks
+        iter_finished = self._run_in_actors if self._resources["num_gpus"] else self._run_in_tasks
         for finished in iter_finished(references, items):
             try:
                 yield ray.get(finished)
@@ -90,7 +90,7 @@ class RayMap:
         self, references: "_FunctionReferences", items: Sequence[Item]
     ) -> Iterator["ray.ObjectRef[Any]"]:
         """Yield the references of the results, in the order in which tasks finish."""
-        task = ray.remote(_run_item).options(**self._amounts, max_retries=self._retries)
+        task = ray.remote(_run_item).options(**self._resources, max_retries=self._retries)
         pending = [task.remote(references, item, self._n_threads) for item in items]
         while pending:
             (finished,), pending = ray.wait(pending, num_returns=1)
@@ -101,10 +101,10 @@ class RayMap:
     ) -> Iterator["ray.ObjectRef[Any]"]:
         """Yield the references of the results, in the order in which the actors' calls finish."""
         actor_class = ray.remote(_ItemRunner).options(
-            **self._amounts, max_restarts=self._retries, max_task_retries=self._retries
+            **self._resources, max_restarts=self._retries, max_task_retries=self._retries
         )
         actors = [actor_class.remote() for _ in range(min(self.width, len(items)))]
-        # An actor gets an item once it runs: for some there may be no room yet.
+        # An actor gets an item when it has started: the cluster may have no room for some yet.
         starting = {actor.__ray_ready__.remote(): actor for actor in actors}
         working: dict[ray.ObjectRef[Any], Any] = {}
         waiting = list(reversed(items))
@@ -123,7 +123,7 @@ class RayMap:
 
 
 class _ItemRunner:
-    """An actor that applies functions to items, on the GPU that it holds for its whole life."""
+    """Actor that applies functions to items, on the same GPU as long as it lives."""
 
     def run(self, references: "_FunctionReferences", item: Any, n_threads: int) -> Any:
         """Apply the function to one item."""

@@ -85,16 +85,18 @@ class SweepTimer:
         n_left = max(0, self._count_attacks() - len(attacked))
         if not n_left:
             return 0.0
-        new = [run for run in attacked if not _has_current_attack(self._before.get(run.key))]
-        if new:
-            return n_left * fmean(run.finalist.seconds for run in new if run.finalist)
+        newly_attacked = [
+            run for run in attacked if not _has_current_attack(self._before.get(run.key))
+        ]
+        if newly_attacked:
+            return n_left * fmean(run.finalist.seconds for run in newly_attacked if run.finalist)
         validation = self._space.trial_config({}).validation
         estimates = [
             seconds
             for run in runs
             if (seconds := estimate_autoattack_seconds(validation, run.best)) is not None
         ]
-        # Some validations were slow because of other work on their machine.
+        # The median, because other work on a machine may have slowed down some validations.
         return n_left * median(estimates) / self._concurrency if estimates else None
 
     def _count_attacks(self) -> int:

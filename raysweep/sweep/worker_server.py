@@ -77,11 +77,11 @@ class WorkerServer:
             )
 
     def import_ray(self) -> None:
-        """Let the server import Ray, before the cluster starts whose workers it forks.
+        """Let the server import Ray before the cluster starts.
 
-        Ray reads variables when it is imported: whether clusters ask for a token, which `ray.init`
-        turns on, and with which process a worker ends. Without this call, the server imports Ray
-        for the first worker, with the worker's variables.
+        Ray reads environment variables when it is imported: whether clusters require a token, which
+        `ray.init` turns on, and with which process a worker ends. Without this call, the server
+        imports Ray when it is asked for the first worker, with the variables of that worker.
         """
         imported = {"RAY_AUTH_MODE": "token", "RAY_RAYLET_PID": str(os.getpid())}
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
@@ -266,7 +266,7 @@ def _serve_request(
     connection: socket.socket,
     listener: socket.socket,
 ) -> None:
-    """Import Ray, unless that was done before, and fork the worker if the request is for one."""
+    """Import Ray if that was not done before; fork a worker if the request asks for one."""
     if _RAY_IMPORTS[-1] not in sys.modules:
         os.environ.update(request["environment"] | _NO_JOB)
         for name in _RAY_IMPORTS:

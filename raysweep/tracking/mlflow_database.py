@@ -18,9 +18,9 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 """Environment variable of the user with the URI of the MLflow store."""
 DEFAULT_EXPERIMENT_NAME = "raysweep"
 _EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
-# Where MLflow has the steps that upgrade its database, relative to its package, and what each file
-# says of its step.
-_UPGRADES_FOLDER = "store/db_migrations/versions"
+# Folder of MLflow's Alembic migrations, relative to its package. Each file names its revision and
+# the one before.
+_MIGRATIONS_FOLDER = "store/db_migrations/versions"
 _REVISION_PATTERN = re.compile(r'^(down_)?revision\s*=\s*["\'](\w+)["\']', re.MULTILINE)
 # Columns of MLflow's database that hold absolute URIs of artifacts.
 _ARTIFACT_URI_COLUMNS = (
@@ -43,11 +43,11 @@ def is_usable_database(database: Path, artifact_root: Path | None) -> bool:
         artifact_root: Folder in which the experiment must have its artifacts; None for any.
 
     Returns:
-        True if there is none and its folder can be written, or if it has the form that this MLflow
-        expects, and its experiment was not deleted. False if anything is unknown.
+        True if the database does not exist and its folder is writable, or if it is writable, has
+        the schema of this MLflow, and its experiment was not deleted. False if this is unknown.
     """
-    form = _find_database_form()
-    if form is None:
+    revision = _find_schema_revision()
+    if revision is None:
         return False
     if not database.exists():
         return os.access(database.parent, os.W_OK)
@@ -60,29 +60,36 @@ def is_usable_database(database: Path, artifact_root: Path | None) -> bool:
         if artifact_root is not None:
             require_own_artifacts(database, artifact_root)
     except (sqlite3.Error, OSError, DamagedFileError) as error:
-        logger.debug("it is not known whether MLflow can use %s: %s", database, error)
+        logger.debug("cannot tell whether MLflow can use %s: %s", database, error)
         return False
-    return versions == [(form,)] and stages in ([], [("active",)]) and os.access(database, os.W_OK)
+    is_current = versions == [(revision,)]
+    return is_current and stages in ([], [("active",)]) and os.access(database, os.W_OK)
 
 
-def _find_database_form() -> str | None:
-    """Return the version of the databases of the installed MLflow: its last upgrade; or None."""
+def _find_schema_revision() -> str | None:
+    """Return the Alembic revision of the installed MLflow's databases; None if it is unknown."""
     package = importlib.util.find_spec("mlflow")
     if package is None or not package.submodule_search_locations:
         return None
     former: set[str] = set()
     revisions: set[str] = set()
-    for file in Path(package.submodule_search_locations[0], _UPGRADES_FOLDER).glob("*.py"):
+    for file in Path(package.submodule_search_locations[0], _MIGRATIONS_FOLDER).glob("*.py"):
         for is_former, revision in _REVISION_PATTERN.findall(file.read_text(encoding="utf-8")):
             (former if is_former else revisions).add(revision)
     last = revisions - former
     return last.pop() if len(last) == 1 else None
 
 
+def _has_experiments(connection: sqlite3.Connection) -> bool:
+    """Return whether MLflow has created its tables in a database."""
+    query = "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
+    return connection.execute(query).fetchone() is not None
+
+
 def relocate_artifacts(database: Path, artifact_folder: Path) -> None:
     """Correct the paths of artifacts in a database that was moved or copied with its artifacts.
 
-    MLflow stores absolute paths, makes missing folders anew and has no function to change them.
+    MLflow stores absolute paths, creates missing folders again and cannot change the paths.
 
     Args:
         database: SQLite database of MLflow; nothing happens if it is missing or empty.
@@ -92,9 +99,7 @@ def relocate_artifacts(database: Path, artifact_folder: Path) -> None:
     if not database.is_file() or not artifact_folder.is_dir():
         return
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        if not connection.execute(
-            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
-        ).fetchone():
+        if not _has_experiments(connection):
             return
         row = connection.execute(
             "SELECT artifact_location FROM experiments WHERE name = ?", (get_experiment_name(),)
@@ -129,9 +134,7 @@ def require_own_artifacts(database: Path, artifact_root: Path) -> None:
     if not database.is_file():
         return
     with closing(sqlite3.connect(database, timeout=60)) as connection:
-        if not connection.execute(
-            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
-        ).fetchone():
+        if not _has_experiments(connection):
             return
         rows = connection.execute(
             "SELECT artifact_location FROM experiments WHERE name = :name UNION "

@@ -147,8 +147,8 @@ def _find_artifact_folder(artifact_root: Path) -> Path:
 class Tracker:
     """Client of one MLflow store.
 
-    It connects in a thread, because the first connection takes seconds. Methods wait for it. If a
-    SQLite database is known to work, it only connects when the first method is called.
+    It connects in a thread, because the first connection takes seconds. Methods wait for it. If
+    the store is a SQLite database that is known to work, the first method that is called connects.
 
     Args:
         uri: URI of the store.
@@ -179,10 +179,10 @@ class Tracker:
         return self
 
     def require_working_store(self) -> None:
-        """Wait until the store answers; not for a SQLite database of which that can be predicted.
+        """Wait until the store answers, unless it is a SQLite database that is known to work.
 
-        Importing MLflow and creating a database take three seconds of a processor, which the start
-        of a sweep needs for other things.
+        Importing MLflow and creating a database take three processor seconds, which would delay the
+        start of a sweep.
 
         Raises:
             SpecError: If the store cannot be used, in one line.

@@ -37,8 +37,8 @@ from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
 
 # Figures take a second for each trial, and weights the space of the store.
 _N_SHOWN_TRIALS = 3
-# The processes of the first trials start meanwhile.
-_START_SECONDS = 5.0
+# Until then, the processes of the first trials start.
+_START_DELAY_SECONDS = 5.0
 # Updates of a trial that wait for MLflow in memory.
 _MAX_WAITING_UPDATES = 50
 # Tag with the number of epochs that an ended run has.
@@ -86,7 +86,7 @@ class SweepTracker:
         # The ledger has all that the records are made of.
         self._owns_records = records is None
         self._records = records or RecordQueue(
-            "MLflow store", tracker.uri, start_seconds=_START_SECONDS
+            "MLflow store", tracker.uri, start_delay_seconds=_START_DELAY_SECONDS
         )
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:

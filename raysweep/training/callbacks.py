@@ -16,8 +16,8 @@ class TrainingCallback:
     def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         """Receive the metrics of an epoch after its checkpoint was written.
 
-        The checkpoint is written during the first steps of the next epoch, so some of these steps
-        may end before this call.
+        With one worker, the checkpoint is written during the first steps of the next epoch, so some
+        of these steps may end before this call.
 
         On resume it is called again for saved epochs, except the first `n_reported_epochs` (see
         `train_model`).

@@ -150,7 +150,7 @@ class TrainingCheckpoint:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Copy of what training changes; later steps do not change it.
+    """Copy of the state of a model and its optimizer; later training steps do not change it.
 
     Attributes:
         weights: Weights and buffers by name, on the CPU.
@@ -162,7 +162,15 @@ class TrainingState:
 
     @classmethod
     def copy_from(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-        """Copy the present state of a model and of its SGD optimizer."""
+        """Copy the current state.
+
+        Args:
+            model: Model whose weights and buffers are copied.
+            optimizer: Its SGD optimizer, whose momentum buffers are copied.
+
+        Returns:
+            The copy, on the CPU.
+        """
         momentum = {
             name: optimizer.state[parameter]["momentum_buffer"]
             for name, parameter in model.named_parameters()

@@ -53,8 +53,8 @@ class DistributedWorkerGroup:
         with collective_errors():
             self.size = dist.get_world_size()
             self.rank = dist.get_rank()
-            # Over connections of their own, so that small sums do not wait for large ones. NCCL
-            # orders the sums of a group by itself.
+            # With Gloo, sums in the background have connections of their own, so that small sums do
+            # not wait for them. NCCL runs the sums of a group in order.
             is_gloo = dist.get_backend() == "gloo"
             self._background_group: dist.ProcessGroup | None = None
             if is_gloo:
@@ -113,7 +113,7 @@ def average_gradients(model: nn.Module, workers: WorkerGroup) -> Iterator[None]:
     before its only backward pass, and attacks differentiate the model in between.
 
     Args:
-        model: A model without gradients. In the block, one backward pass computes them.
+        model: A model whose gradients are None. The block runs one backward pass.
         workers: The processes that train the model.
 
     Yields:
@@ -132,10 +132,10 @@ def average_gradients(model: nn.Module, workers: WorkerGroup) -> Iterator[None]:
 
 
 class _GradientBuckets:
-    """The parameters of a model in groups, whose gradients are summed together.
+    """Groups of parameters (buckets) whose gradients are summed over workers in one operation.
 
-    The last layers come first, as in the backward pass. Buckets are summed in this order on each
-    worker, whichever is complete first.
+    The last layers come first, as in the backward pass. All workers sum the buckets in this order,
+    whichever is complete first.
     """
 
     def __init__(self, model: nn.Module, workers: WorkerGroup) -> None:
@@ -156,7 +156,7 @@ class _GradientBuckets:
 
     @contextmanager
     def observe_backward(self) -> Iterator[None]:
-        """Context manager that starts the sum of each bucket when all its gradients are there."""
+        """Context manager that starts to sum each bucket when all its gradients are computed."""
         hooks = [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(self._count_gradient, number)
@@ -171,7 +171,7 @@ class _GradientBuckets:
                 hook.remove()
 
     def finish(self) -> None:
-        """Sum what is left, and put the means in place of the gradients."""
+        """Sum the buckets that are left, and replace the gradients by their means."""
         while self._n_started < len(self._buckets):
             self._start_next()
         for parameters, wait in self._sums:
@@ -180,13 +180,13 @@ class _GradientBuckets:
                 parameter.grad = part
 
     def _count_gradient(self, number: int, _: Tensor) -> None:
-        """Note that a gradient of a bucket is there."""
+        """Count a new gradient of a bucket; start the sums of complete buckets in order."""
         self._n_missing[number] -= 1
         while self._n_started < len(self._buckets) and not self._n_missing[self._n_started]:
             self._start_next()
 
     def _start_next(self) -> None:
-        """Start the sum of the next bucket; parameters that the loss does not use have no part."""
+        """Start to sum the next bucket, without parameters that the loss does not use."""
         used = [p for p in self._buckets[self._n_started] if p.grad is not None]
         self._n_started += 1
         if not used:
@@ -202,7 +202,7 @@ def _split_like(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     """Return views of a vector that have the shapes and strides of parameters."""
     views, start = [], 0
     for parameter in parameters:
-        # The strides of a parameter that overlaps itself or has gaps would not do.
+        # Not the parameter's own strides: it may have gaps or overlap itself.
         strides = torch.empty_like(parameter, device="meta").stride()
         views.append(flat.as_strided(parameter.shape, strides, start))
         start += parameter.numel()

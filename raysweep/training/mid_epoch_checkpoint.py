@@ -2,7 +2,7 @@
 
 The order of batches and all random numbers depend only on (seed, epoch, example). So the state
 consists of the weights, the momentum, the sums of the diagnostics and the number of finished steps.
-Several workers have the same weights and momentum; each has sums of its own.
+Several workers share the weights and the momentum, but each has its own sums.
 """
 
 import json
@@ -37,7 +37,7 @@ from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 logger = logging.getLogger(__name__)
 
-# Diagnostics of the first worker, and of the others by their rank.
+# Diagnostics of the first worker, and of another one by its rank.
 _DIAGNOSTICS_FILE = "seen.safetensors"
 _OTHER_DIAGNOSTICS_FILE = "seen-{rank}.safetensors"
 
@@ -108,7 +108,7 @@ class MidEpochCheckpointer:
     def resume_epoch(self, history: list[EpochMetrics], diagnostics: EpochDiagnostics) -> int:
         """Start an epoch. Load the epoch's checkpoint if an earlier process was interrupted in it.
 
-        The number of workers may be another one than that of the earlier processes.
+        The number of workers may differ from that of the interrupted process.
 
         Args:
             history: Metrics of the finished epochs.
@@ -233,10 +233,11 @@ def _name_diagnostics_file(rank: int) -> str:
 
 
 def _read_worker_share(saved: TrainingCheckpoint, workers: WorkerGroup) -> _PartialEpoch:
-    """Read the diagnostics of a checkpoint within an epoch that a worker continues from.
+    """Read the diagnostics of a mid-epoch checkpoint with which this worker continues.
 
-    They are its own. If there were more workers, those of the others are divided among the workers
-    of now; if there were fewer, a new one has none.
+    A worker continues with the sums of the same rank. If there were more workers than now, the sums
+    of the other ranks are added to those of the remaining workers; additional workers begin with
+    zeros.
 
     Raises:
         DamagedFileError: They are missing, or have wrong types or shapes.

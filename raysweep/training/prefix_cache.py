@@ -181,7 +181,7 @@ class PrefixCache:
         Args:
             key: Key of the state.
             epoch: Epoch after which the run has this state, for the log.
-            before_wait: Called once if another run holds the lease.
+            before_wait: Called once before the first wait, if another run holds the lease.
 
         Yields:
             True if the caller must train the state; False if the state exists, because another run

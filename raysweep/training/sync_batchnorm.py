@@ -107,7 +107,7 @@ class _SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of x by all rows, and those of weight and bias by the own rows.
+        """Return the gradient of x over all rows, and of weight and bias over this worker's rows.
 
         With g = dL/dy and z = (x - mean) / sqrt(variance + eps), dL/dx is
         weight / sqrt(variance + eps) * (g - mean(g) - z * mean(g z)): a x + b g + c by channel.

@@ -246,8 +246,8 @@ class _UnreportedEpoch:
 
     Attributes:
         epoch: Its 1-based number.
-        saved: The checkpoint, when it is written; None on workers that do not write it.
-        lease: Releases the lease for training this epoch.
+        saved: Future of the checkpoint; None on workers that do not write it.
+        lease: Stack that releases the lease for training this epoch.
     """
 
     epoch: int
@@ -259,8 +259,9 @@ class _UnreportedEpoch:
 class _TrainingRun:
     """State of one call of `train_model`. Epoch arguments of its methods are 0-based.
 
-    A thread writes the checkpoint of an epoch while the next epoch is trained. The epoch is
-    reported when its checkpoint is written: whoever hears of it finds the checkpoint.
+    With one worker, a thread writes the checkpoint of an epoch while the next epoch is trained.
+    Several workers wait for it before the next epoch. An epoch is reported after its checkpoint was
+    written, so that callbacks can read the checkpoint.
     """
 
     config: TrainingConfig
@@ -301,7 +302,7 @@ class _TrainingRun:
 
     @contextmanager
     def finish_writes(self) -> Iterator[None]:
-        """Context manager of the whole run, after which nothing is written any more.
+        """Context manager of the whole run that waits for its writes at the end.
 
         Yields:
             Nothing.
@@ -342,8 +343,9 @@ class _TrainingRun:
         _check_not_collapsed(self.config, self.history, self.data)
 
     def advance(self, epoch: int) -> None:
-        """Train or reuse one epoch. While the next one is trained, its checkpoint is written, and
-        then checkpoints that are no longer needed are deleted and the epoch is reported.
+        """Train or reuse one epoch, and start to write its checkpoint.
+
+        After that, checkpoints that are no longer needed are deleted and the epoch is reported.
         """
         with ExitStack() as lease:
             reused = self._reuse_epoch(epoch, lease)
@@ -374,7 +376,7 @@ class _TrainingRun:
         return TrainingResult(self.last_checkpoint, best)
 
     def _complete_epoch(self) -> None:
-        """Wait until the checkpoint of the epoch before is written, and report that epoch."""
+        """Wait until the checkpoint of the unreported epoch is written; report it."""
         if self.unreported is None:
             return
         unreported, self.unreported = self.unreported, None
@@ -386,14 +388,14 @@ class _TrainingRun:
         self._end_epoch(saved)
 
     def _complete_epoch_if_saved(self) -> None:
-        """Report the epoch before, if its checkpoint is written by now."""
+        """Report the unreported epoch if its checkpoint has been written."""
         saved = self.unreported.saved if self.unreported is not None else None
         if saved is not None and saved.done():
             with self.checkpointer.pause_clock():
                 self._complete_epoch()
 
     def _end_epoch(self, saved: TrainingCheckpoint) -> None:
-        """Delete checkpoints that are no longer needed after a new one, and report its epoch."""
+        """Delete checkpoints that the new one makes superfluous, and report its epoch."""
         self.last_checkpoint, self.history = saved, saved.history
         best_epoch = self._update_best_epoch(saved.epoch)
         if self.workers.rank == 0:
@@ -404,7 +406,7 @@ class _TrainingRun:
         _check_not_collapsed(self.config, saved.history, self.data)
 
     def _should_interrupt(self) -> bool:
-        """Ask the callback whether to interrupt; if so, report the epoch before first."""
+        """Ask the callback whether to interrupt; if so, first report the unreported epoch."""
         if not self.callback.should_interrupt():
             return False
         self._complete_epoch()

@@ -177,7 +177,7 @@ def plot_accuracy_curves(
 
     Args:
         accuracy_curves: For each curve, the accuracy by value of the setting. `NAME, best` and
-            `NAME, last` have one color; the last epoch is dashed.
+            `NAME, last` share a color; the line of the last epoch is dashed.
         x_label: Label of the horizontal axis.
     """
     figure, axes = create_axes(x_label, "test accuracy")
