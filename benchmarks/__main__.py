@@ -12,10 +12,10 @@ AutoAttack overturns the objective (overturned_choices.py), the papers' pipeline
 (paper_pipelines.py), mutation tests (mutants.py), and wrong inputs (fuzz_inputs.py).
 """
 
-import argparse
 from importlib import import_module
 
 import torch
+from command_line import create_parser
 from measure import describe_machine, format_table
 
 # The module of each part, imported only if the part is measured.
@@ -31,11 +31,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--threads", type=int, default=1)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import create_parser
 from measure import Ratio
 from torch import Tensor, nn
 
@@ -71,11 +72,7 @@ OFFICIAL_CPU_S = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument(
         "what", choices=["digits", "torchattacks", "defences", "mnist", "square", "hard"]
     )

@@ -9,7 +9,6 @@ the summed logits). Its cpu seconds times EVERY are the limit; they do not count
 time. There is one thread.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from command_line import create_parser
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
@@ -77,11 +77,7 @@ class Sampled(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

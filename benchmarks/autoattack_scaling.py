@@ -10,7 +10,6 @@ Each worker has one thread and has started before the time is taken. Verdicts mu
 every number of workers.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from command_line import create_parser
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -33,11 +33,7 @@ EPS = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--examples", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ray", action="store_true")

@@ -1,14 +1,13 @@
-"""Run the same sweep with two versions of the code, and compare what their best trials withstand.
+"""Run the same sweep with two versions of the code, and compare the robustness of their best trials.
 
     git worktree add FOLDER d5c5dbc
     python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
 
-Both run in this environment, so the other commit needs the same dependencies. Each seed is that of
-the sampler and of the trainings. The best trial of each sweep is attacked by full AutoAttack on the
-whole test set. What has ended stays in WORK: the same command goes on where it was stopped.
+Both run in this environment, so the other commit needs the same dependencies. The sampler and
+the trainings use the same seed. The best trial of each sweep is attacked by full AutoAttack on the
+whole test set. Results stay in WORK: the same command resumes an interrupted run.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -17,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from measure import describe_machine, format_table
+from command_line import create_parser
+from measure import describe_machine, describe_mean, format_table
 
 from raysweep.atomic_files import atomic_open
 
@@ -64,19 +63,8 @@ def run_sweep(
     }
 
 
-def describe_mean(values: list[float]) -> str:
-    """Return the mean with its standard error, if there is one."""
-    if len(values) < 2:
-        return f"{np.mean(values):.3f}"
-    return f"{np.mean(values):.3f} +- {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--before", type=Path, required=True, help="checkout of the other commit")
     parser.add_argument("--method", default="gairat")

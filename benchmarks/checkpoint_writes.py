@@ -1,15 +1,13 @@
-"""Measure how long training waits for its checkpoints: beside the next epoch, as they are written,
-and in turn with it.
+"""Measure how long training waits for its checkpoints, which are written beside the next epoch or,
+for comparison, before it (`in turn`).
 
     python benchmarks/checkpoint_writes.py
 
-The network has 11 million weights, so a checkpoint of weights and momentum has 90 MB. What is
-measured is the wall time of a run without its steps and validations, for each epoch. It includes
-the last checkpoint, which no later epoch hides, and the start of the run.
-Under `in turn` a checkpoint is written where it is started.
+The network has 11 million weights, so a checkpoint of weights and momentum has 90 MB. The wait is
+the wall time of a run minus its steps and validations, divided by the epochs. It includes the last
+checkpoint, which no later epoch hides, and the start of the run.
 """
 
-import argparse
 import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from command_line import create_parser
 from measure import Ratio, describe_machine, format_table, medians
 
 from raysweep.data import load_data
@@ -36,7 +35,7 @@ class ImmediateExecutor(Executor):
 
 
 def time_waits(network: str, epochs: int, images: int) -> tuple[float, float]:
-    """Train; return wall seconds an epoch beside steps and validation, and those of an epoch."""
+    """Train; return the seconds per epoch that are neither steps nor validation, and the others."""
     config = build_training_config(
         "at",
         {
@@ -92,11 +91,7 @@ def measure(network: str, epochs: int, images: int, n: int) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=128)

@@ -7,7 +7,6 @@ AutoAttack breaks it with any seed; the reverse (broken, and standing under Auto
 apart. Tau is Kendall's, over pairs of models of equal epsilon and norm.
 """
 
-import argparse
 import itertools
 import json
 from collections import defaultdict
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from command_line import create_parser
 from measure import format_table
 from numpy.typing import NDArray
 
@@ -336,11 +336,7 @@ def draw_curve(found: list[tuple[Policy, float, float]], cases: Sequence[CaseOut
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("outcomes.npz"))
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("objective.svg"))
     args = parser.parse_args()

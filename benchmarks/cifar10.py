@@ -17,6 +17,7 @@ from typing import Any
 import autoattack
 import numpy as np
 import torch
+from command_line import create_parser
 from measure import DEVICE, Flops, describe_machine, format_table, measure_matrix_rate
 
 from raysweep.data import DatasetSplits, load_data
@@ -34,11 +35,7 @@ FAST = {"compute.attack": "bf16", "compute.train": "bf16", "compute.compile": Tr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["gairat"])
     parser.add_argument("--epochs", type=int, default=20)

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from command_line import create_parser
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 N_METRICS = 60
@@ -119,11 +121,7 @@ def describe(found: list[dict[str, float]], n_trials: int, n_epochs: int) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--code", type=Path, nargs="+", default=[Path(__file__).parent.parent])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=20)

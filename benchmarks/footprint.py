@@ -8,7 +8,6 @@ not accumulate. A trial's memory is the peak of a process that trains an epoch, 
 writes the checkpoint, including all libraries.
 """
 
-import argparse
 import os
 import resource
 import subprocess
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from command_line import create_parser
 from measure import Ratio, describe_machine, format_table
 from training_step import build_our_step, build_plain_step, prepare_subject
 
@@ -258,11 +258,7 @@ def run(full: bool = False) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()

@@ -10,7 +10,6 @@ to 4), and the faults: tracebacks, refusals without a line or with several lines
 function of the seed and its number; faults are printed so that `--only NUMBER` repeats one.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import create_parser
 from measure import describe_machine, format_table
 from ruamel.yaml import YAML
 
@@ -573,11 +573,7 @@ SURFACES = ("settings", "yaml", "settings", "yaml", "json", "settings", "yaml", 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat one input by its number")

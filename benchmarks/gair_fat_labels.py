@@ -9,12 +9,12 @@ rows in the order of the batch. This trains GAIR-FAT on digits with both pairing
 FAT beside them, and prints the accuracies of the last checkpoint on the test images.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
+from command_line import create_parser
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackResult
@@ -47,9 +47,7 @@ class StopOrderPGD(PGD):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--burn-in", type=int, default=4)

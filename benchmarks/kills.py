@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+from command_line import create_parser
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.update(
@@ -459,11 +461,7 @@ def run_sweeps(args: argparse.Namespace, cluster: Cluster, host: str, done: dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--each", type=int, default=13, help="kills a sweep")
     parser.add_argument("--kinds", nargs="+", default=["driver", "worker"])

@@ -59,6 +59,14 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def describe_mean(values: Sequence[float]) -> str:
+    """Return the mean and, of two or more values, its standard error."""
+    mean = f"{statistics.fmean(values):.3f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} +- {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
 def measure_matrix_rate(
     dtype: torch.dtype, tries: int = 10, size: int = 8192 if DEVICE.type == "cuda" else 1024
 ) -> float:

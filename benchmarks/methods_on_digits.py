@@ -10,13 +10,13 @@ weight is below 0.2 of the mean in the last epoch (`lrat` gives most examples th
 design). `rst` and `gair-rst` use labelled data only.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from command_line import create_parser
 
 from raysweep.catalog import METHODS
 from raysweep.data import load_data
@@ -27,11 +27,7 @@ COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("methods", nargs="*", help="default: all")
     parser.add_argument(
         "--seeds", type=int, default=1, help="seeds 0, 1, ...; the table has means (default: 1)"

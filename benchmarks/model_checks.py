@@ -9,7 +9,6 @@ copied, and nobody looks whether rows depend on their batch. The two take turns,
 the same machine. With one thread the times are processor seconds.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
+from command_line import create_parser
 from measure import describe_machine, format_table, time_rounds
 from torch import Tensor, nn
 
@@ -117,9 +117,7 @@ def measure(name: str, run: Callable[[], object], rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=5)

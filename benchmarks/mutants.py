@@ -49,6 +49,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from command_line import create_parser
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
@@ -1025,11 +1027,7 @@ def prepare(template: Path, with_ray: bool, found: Json, seconds: float) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("-n", type=int, default=150, help="mutants (150)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

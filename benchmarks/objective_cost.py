@@ -11,13 +11,13 @@ classified correctly and 50% are robust. That is about the end of adversarial tr
 epochs cost less.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from command_line import create_parser
 from measure import Flops, Ratio, describe_machine, format_table, medians
 from torch import Tensor, nn
 
@@ -158,11 +158,7 @@ def run(full: bool = False) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=4, help="of digits")

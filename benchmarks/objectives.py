@@ -9,7 +9,6 @@ candidate's Kendall tau with a 95% interval (models drawn with replacement), and
 symptoms of gradient masking. Finished models are stored in --out and not repeated.
 """
 
-import argparse
 import ast
 import itertools
 import json
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from command_line import create_parser
 from scipy.stats import kendalltau
 
 from raysweep.attacks import APGD, PGD, Square
@@ -125,11 +125,7 @@ def symptoms(done: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--models", type=int, default=48)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 6, 8])

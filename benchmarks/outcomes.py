@@ -14,7 +14,6 @@ others for the report; a method has one run in each half. The cost of an attack 
 number of passes (forward and backward) until the example breaks; a forward pass alone counts 1/3.
 """
 
-import argparse
 import gzip
 import json
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import create_parser
 from measure import describe_machine, read_commit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -683,11 +683,7 @@ def _shrink(values: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("action", choices=["record", "collect"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path)

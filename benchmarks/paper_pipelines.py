@@ -14,7 +14,6 @@ and the lowest and highest accuracies of the evaluated checkpoints. Pipelines th
 `--out` are not run again.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import create_parser
 from measure import describe_machine, format_table
 from PIL import Image
 
@@ -278,11 +278,7 @@ def format_row(name: str, folders: Sequence[Path]) -> list[str]:
 def main() -> None:
     """Read the arguments, run the pipelines and print the table."""
     of_papers = [name for name in list_builtin_pipelines() if name not in ("digits", "nightly")]
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("pipelines", nargs="*", help="default: all of the papers")
     parser.add_argument(
         "--data-dir", type=Path, help="CIFAR-10, for " + ", ".join(TABLES_ON_CIFAR10)

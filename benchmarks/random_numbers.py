@@ -6,11 +6,11 @@ On a CPU, numpy computes uniform numbers in blocks that stay in the cache. They 
 bit and in time, with those of torch's operations on whole tensors, which other devices use.
 """
 
-import argparse
 from collections.abc import Callable
 from unittest import mock
 
 import torch
+from command_line import create_parser
 from measure import Ratio, describe_machine, format_table, medians, time_rounds
 from torch import Tensor
 
@@ -70,11 +70,7 @@ def run(full: bool = False) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()

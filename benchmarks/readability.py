@@ -9,13 +9,14 @@ underscore inside. A docstring has sections if it contains `Args:`, `Returns:`, 
 `Attributes:`; the share is of public functions, classes and methods that have a docstring.
 """
 
-import argparse
 import ast
 import io
 import subprocess
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from command_line import create_parser
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")
@@ -72,11 +73,7 @@ def measure_package(texts: Iterable[str]) -> dict[str, float]:
 
 def main() -> None:
     """Print a Markdown table with one column for each package."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("revisions", nargs="*", help="git revisions (default: the files here)")
     parser.add_argument("--package", type=Path, default=ROOT / "raysweep")
     args = parser.parse_args()

@@ -9,10 +9,10 @@ rounds are those of the package. `gain`: true accuracy of the chosen setting abo
 `too high`: by how much the score by which it was chosen is above that.
 """
 
-import argparse
 from dataclasses import replace
 
 import numpy as np
+from command_line import create_parser
 from measure import format_table
 
 from raysweep.sweep.repeat_plan import plan_repeats
@@ -68,11 +68,7 @@ class Simulation:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--sweeps", type=int, default=400)
     args = parser.parse_args()
     rows = []

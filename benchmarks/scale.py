@@ -8,7 +8,6 @@ checkpoints go through one store of a given bandwidth. Machines are preempted at
 after a while. Costs that grow with the number of trials are interpolated between measured sizes.
 """
 
-import argparse
 import bisect
 import heapq
 import itertools
@@ -19,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from command_line import create_parser
 
 Costs = dict[str, dict[str, float]]
 
@@ -295,11 +296,7 @@ def largest_loss(outcome: Outcome) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("costs", type=Path)
     parser.add_argument(
         "--shrink",

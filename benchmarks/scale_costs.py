@@ -5,7 +5,6 @@ trials that exist already. Prints JSON.
         [--sizes 100 1000 10000] > costs.json
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from command_line import create_parser
 
 from raysweep.data import load_data
 from raysweep.sweep.ledger import Ledger
@@ -301,11 +301,7 @@ def postgres(binaries: Path, folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--postgres", type=Path, metavar="BIN", help="folder of initdb and pg_ctl")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument(

@@ -10,7 +10,6 @@ that have as many rows and share nothing. On a busy machine, processor seconds t
 seconds: on idle cores, a step cannot take less.
 """
 
-import argparse
 import os
 import socket
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from command_line import create_parser
 from measure import Ratio, describe_machine, format_table, medians
 from sweeps import time_sweeps
 
@@ -272,11 +272,7 @@ def run(full: bool = False) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument(
         "--what", nargs="+", choices=["lines", "workers"], default=["lines", "workers"]
     )

@@ -12,7 +12,6 @@ told of the setting that was trained, where it can be told (all but MOBSTER and 
 propose only recorded settings instead).
 """
 
-import argparse
 import logging
 import sys
 import warnings
@@ -25,6 +24,7 @@ from typing import Any
 
 import optuna
 import torch
+from command_line import create_parser
 from measure import describe_machine
 from optuna.distributions import (
     BaseDistribution,
@@ -278,11 +278,7 @@ ANCHORS: dict[str, Callable[[Table, int], Search]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--repeats", type=int, default=200)

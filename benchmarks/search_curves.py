@@ -10,7 +10,6 @@ recorded stays in FOLDER: the same command goes on where it was stopped. Runs of
 trained again, so it goes on from the table alone, too.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from command_line import create_parser
 from measure import describe_machine, read_commit
 
 from raysweep.atomic_files import atomic_open
@@ -126,11 +126,7 @@ def collect(work: Path, table: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("action", choices=["record", "collect"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--spaces", nargs="+", default=list(N_SETTINGS), choices=N_SETTINGS)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from command_line import create_parser
 from matplotlib.figure import Figure
-from measure import describe_machine, format_table
+from measure import describe_machine, describe_mean, format_table
 from search_simulator import (
     Asha,
     NeverStop,
@@ -28,7 +29,6 @@ from search_simulator import (
     Scheduler,
     Search,
     Table,
-    describe_mean,
     evaluate,
     load_outcomes,
     load_table,
@@ -38,7 +38,7 @@ from search_simulator import (
 from raysweep.sweep.search_space import Params, Sampler
 
 N_RANDOM = 64
-"""Trials of the random search whose quality is to be had for a quarter of its epochs."""
+"""Number of random trials whose gain a search should reach in a quarter of their epochs."""
 
 
 @dataclass
@@ -256,7 +256,7 @@ def compare_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list
                 leaders = leaders[:n_repeated]
                 leaders = leaders[np.argsort(-scores[leaders].mean(1))]
             found.append(gain[leaders[0]])
-        return describe_mean(np.array(found))
+        return describe_mean(found)
 
     rows = [
         ("best epoch", n_trials, by_best, 0),
@@ -388,11 +388,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))

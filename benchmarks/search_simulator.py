@@ -2,7 +2,7 @@
 
 A simulated sweep proposes settings, trains the nearest recorded one that it has not tried, stops or
 pauses trials as its scheduler says, and chooses the trial with the best validated epoch so far, as
-a real sweep does. What it found is judged on the test images, by the mean over the seeds of the
+a real sweep does. Its choice is evaluated on the test images, by the mean over the seeds of the
 setting: the sweep has seen neither. Costs are epochs that a sweep trains itself; epochs within a
 common burn-in are shared. Two trials run at once.
 
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import optuna
+from measure import describe_mean
 
 from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
 
@@ -334,8 +335,3 @@ def load_outcomes(work: Path, space: str) -> dict[str, Outcome]:
             values["gains"], values["costs"], float(values["wrong"])
         )
     return outcomes
-
-
-def describe_mean(values: np.ndarray) -> str:
-    """Return the mean and its standard error."""
-    return f"{values.mean():.3f} +- {values.std(ddof=1) / len(values) ** 0.5:.3f}"

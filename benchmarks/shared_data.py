@@ -3,7 +3,6 @@
 python benchmarks/shared_data.py        # CIFAR-10's size (random pixels), 1 and 4 processes
 """
 
-import argparse
 import gc
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from command_line import create_parser
 
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
@@ -50,11 +50,7 @@ def measure(how: str, count: int, spec: DataSpec, fingerprint: str) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--examples", type=int, default=50_000)
     examples = parser.parse_args().examples
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,6 @@ kinds: one small sweep of each kind of search, with its time.
 Each prints a Markdown table. All sweeps log to MLflow, as `raysweep tune` does.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import create_parser
 from measure import Ratio, describe_machine
 from measure import format_table as markdown
 
@@ -260,11 +260,7 @@ def measure_kinds(rounds: int) -> list[list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     what = {"sharing": measure_sharing, "overhead": measure_overhead, "kinds": measure_kinds}
     parser.add_argument("what", choices=what)
     parser.add_argument(

@@ -9,10 +9,10 @@ package looks after each of them. `wrong best`: the sweep ended because its best
 apart, and another one is truly better. A landscape is truly flat if the true share is below 0.5.
 """
 
-import argparse
 import statistics
 
 import numpy as np
+from command_line import create_parser
 from measure import format_table
 
 from raysweep.evaluation.paired_statistics import compare_paired, split_spread
@@ -49,11 +49,7 @@ def simulate_sweep(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument("--sweeps", type=int, default=150)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--examples", type=int, default=300)

@@ -13,7 +13,6 @@ if there is one, then also with compilation and CUDA graphs, and with TF32 in fl
 training.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command_line import create_parser
 from measure import (
     DEVICE,
     Flops,
@@ -416,11 +416,7 @@ def faster_paths(full: bool) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser(__doc__)
     parser.add_argument(
         "--method", nargs="+", choices=["gairat", "lrat"], default=["gairat", "lrat"]
     )
