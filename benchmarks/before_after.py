@@ -1,10 +1,10 @@
-"""Run the same sweep with two versions of the code, and compare the robustness of their best trials.
+"""Run one sweep with two versions of the code, and compare the robustness of their best trials.
 
     git worktree add FOLDER d5c5dbc
     python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
 
-Both run in this environment, so the other commit needs the same dependencies. The sampler and
-the trainings use the same seed. The best trial of each sweep is attacked by full AutoAttack on the
+Both run in this environment, so the other commit needs the same dependencies. The sampler and the
+trainings use the same seed. The best trial of each sweep is attacked by full AutoAttack on the
 whole test set. Results stay in WORK: the same command resumes an interrupted run.
 """
 
