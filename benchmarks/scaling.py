@@ -138,8 +138,8 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
 def worker_steps(
     workers: WorkerGroup, model: str, batch: int, n: int
 ) -> tuple[list[float], list[float]]:
-    """Return wall and processor seconds of n steps of GAIRAT with PGD-10, after one that does not
-    count. Processor seconds are those of this worker, with its communication.
+    """Return wall and processor seconds of n steps of GAIRAT with PGD-10, after a warm-up
+    step. Processor seconds are those of this worker, with its communication.
     """
     config = build_training_config(
         "gairat", {"*.burn_in": 0, "model.name": model, "data.val_size": 64}
@@ -222,7 +222,7 @@ VARIANTS = {
 def measure_workers(
     model: str, batch: int, n: int, repeats: int, variants: dict[str, Variant]
 ) -> list[Ratio]:
-    """Measure variants of processes in turn."""
+    """Measure the variants in interleaved rounds."""
     walls: dict[str, list[float]] = {name: [] for name in variants}
     processor: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):

@@ -5,9 +5,8 @@
     python benchmarks/search_curves.py collect --work FOLDER --table benchmarks/search_curves.npz
 
 `record` draws settings from each space as a random sweep does, after its starting points, and
-trains each to its end with two seeds, by the real objective; trainings share prefixes. What is
-recorded stays in FOLDER: the same command goes on where it was stopped. Runs of the table are not
-trained again, so it goes on from the table alone, too.
+trains each to its end with two seeds, by the real objective; trainings share prefixes. Recorded
+runs stay in FOLDER, so the same command resumes. Runs that the table has are not trained again.
 """
 
 import json

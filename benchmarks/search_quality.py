@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe_signal(table: Table) -> str:
-    """Say how much of the spread of the results is settings: the covariance of the two seeds."""
+    """Describe the share of the results' spread that settings explain: the covariance of seeds."""
     spread = table.test.var(0, ddof=1).mean()
     shared = np.cov(table.test.T)[0, 1]
     scores = table.objective.max(2).mean(1)
@@ -204,7 +204,7 @@ def gain_at(outcome: Outcome, epochs: float) -> np.ndarray:
 
 def draw_random(table: Table, n_trials: int, repeats: int) -> tuple[np.ndarray, float]:
     """Choose the best of random full-length trials, drawn from the recorded settings with
-    replacement: trials of a table that is smaller than their number.
+    replacement, because there may be fewer settings than trials.
 
     Returns:
         The gains, (repeats,), and the mean number of epochs; each draw counts as another setting.
