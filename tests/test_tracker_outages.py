@@ -397,12 +397,16 @@ def test_a_locked_optuna_storage_gets_the_trials_at_the_end(
         other.execute("BEGIN EXCLUSIVE")
         run_trial(ledger, 0, [exporter])
         run_trial(ledger, 1, [exporter])
+        # The writer's thread must meet the lock, however late it runs.
+        deadline = time.monotonic() + 600
+        while not any("the work continues" in record.getMessage() for record in caplog.records):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         other.rollback()
     exporter.on_sweep_end(ledger)
     (study,) = optuna.get_all_study_names(f"sqlite:///{file}")
     trials = optuna.load_study(study_name=study, storage=f"sqlite:///{file}").trials
     assert [trial.user_attrs["raysweep.number"] for trial in trials] == [0, 1]
-    assert any("the work continues" in record.getMessage() for record in caplog.records)
 
 
 def open_store(uri: str, folder: Path, go: Path) -> None:
