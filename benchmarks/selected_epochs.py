@@ -7,12 +7,12 @@ Within the burn-in GAIRAT is plain AT, so an epoch from there says nothing about
 a Markdown table, and the advice that `raysweep show` gives on each run.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import create_parser
 from measure import describe_machine, format_table
 
 from raysweep.training.config import TrainingConfig
@@ -39,10 +39,8 @@ def format_row(config: TrainingConfig, history: list[EpochMetrics]) -> list[str]
     """Return the row of a run."""
     objective = config.validation.objective
     scores = [float(metrics[objective]) for metrics in history]
-    highest, chosen = (
-        max(range(len(scores)), key=scores.__getitem__),
-        find_best_epoch(config, history),
-    )
+    highest = max(range(len(scores)), key=scores.__getitem__)
+    chosen = find_best_epoch(config, history)
     return [
         str(config.epochs),
         str(config.burn_in),
@@ -54,10 +52,7 @@ def format_row(config: TrainingConfig, history: list[EpochMetrics]) -> list[str]
 
 def main() -> None:
     """Train the runs and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
+    create_parser(__doc__).parse_args()
     torch.set_num_threads(1)
     rows, advice = [], []
     for settings in RUNS:
