@@ -38,6 +38,8 @@ from raysweep.pipeline.train import TrainStage
 from raysweep.training.config import TrainingConfig
 
 LARGEST_LEARNING_RATE = 0.05
+# Networks that stay at chance with that rate.
+LARGEST_LEARNING_RATES = {"small_cnn": 0.01}
 N_TRAIN_DIGITS, N_VAL_DIGITS = 300, 80
 SHORT_VALIDATION: Mapping[str, Any] = {"validation.finish": {}, "validation.scales": []}
 ON_DIGITS: Mapping[str, Any] = {
@@ -221,7 +223,7 @@ def iter_reduced_settings(
     yield from iter_schedules(config.method.to_json_dict(), "method")
     for path, lr in iter_schedules({"lr": config.optim.to_json_dict()["lr"]}, "optim"):
         values = lr.get("values", [lr.get("first", 0), lr.get("last", 0)])
-        factor = LARGEST_LEARNING_RATE / max(values)
+        factor = LARGEST_LEARNING_RATES.get(config.model.name, LARGEST_LEARNING_RATE) / max(values)
         scaled = {
             key: [factor * rate for rate in lr[key]] if key == "values" else factor * lr[key]
             for key in ("values", "first", "last")

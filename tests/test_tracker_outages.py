@@ -187,14 +187,14 @@ def train(name: str, epochs: int) -> list[str]:
 
 
 def run_command_that_waits(arguments: list[str], stopped: Path) -> int:
-    """Run a command whose training waits after its first epoch, of two steps, until `stopped` is
-    there.
+    """Run a command whose training waits after two epochs, of two steps each, until `stopped` is
+    there. By then the first epoch is reported; the second one only after a step of the third.
     """
     steps: list[int] = []
 
     def wait_and_step(*values: Any, **options: Any) -> Any:
         steps.append(len(steps))
-        while len(steps) == 3 and not stopped.exists():
+        while len(steps) == 5 and not stopped.exists():
             time.sleep(0.02)
         return compute_step_gradients(*values, **options)
 
