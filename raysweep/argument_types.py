@@ -43,7 +43,15 @@ def to_plain_scalar(value: Any) -> Any:
     Returns:
         An int, float, str or bool for such a scalar; any other value unchanged.
     """
-    return value.tolist() if _is_array(value) and value.shape == () else value
+    return _unpack_array(value) if _is_array(value) and value.shape == () else value
+
+
+def _unpack_array(value: Any) -> Any:
+    """Return the number or the lists of an array of NumPy or a tensor of PyTorch."""
+    plain = value.tolist()
+    # NumPy leaves a number with more digits than Python's as it is.
+    is_long = _is_array(plain) and getattr(plain.dtype, "kind", None) == "f"
+    return float(plain) if is_long else plain
 
 
 def _is_array(value: Any) -> bool:
@@ -81,8 +89,8 @@ def to_plain_value(name: str, value: Any, depth: int = 0) -> Any:
         SpecError: It is none of them, or lies in more than 100 lists and mappings. One line.
     """
     # Checked first, because `numpy.float64` is a float and `numpy.str_` is a str.
-    if _is_array(value):
-        return to_plain_value(name, value.tolist(), depth + 1)
+    if _is_array(value) and not isinstance(plain := _unpack_array(value), type(value)):
+        return to_plain_value(name, plain, depth + 1)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):

@@ -1,10 +1,12 @@
 """Callbacks of training, and the sums of epochs that a sweep reports."""
 
+import gc
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny
 
 from raysweep.data import DatasetSplits
@@ -89,6 +91,42 @@ def test_a_checkpoint_is_written_beside_the_next_epoch_and_then_reported(
     resumed = train_model(tiny("at", epochs=2), tmp_path / "late", data=digits).last_checkpoint
     alone = train_model(tiny("at", epochs=2), tmp_path / "alone", data=digits).last_checkpoint
     assert resumed.meta["sha256"] == alone.meta["sha256"]
+
+
+def test_an_epoch_is_reported_although_the_next_one_fails(
+    tmp_path: Path, digits: DatasetSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[float] = []
+    has_failed = threading.Event()
+    save = checkpoint.save_checkpoint
+
+    def save_late(*args: Any, **kwargs: Any) -> TrainingCheckpoint:
+        assert has_failed.wait(600)
+        return save(*args, **kwargs)
+
+    def fail_in_second_epoch(epoch: int, steps: int) -> None:
+        if epoch == 2:
+            has_failed.set()
+            raise MemoryError("a bug")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
+    callback = FunctionCallback(
+        lambda metrics, saved: reported.append(metrics["epoch"]), fail_in_second_epoch
+    )
+    with pytest.raises(MemoryError, match="a bug"):
+        train_model(tiny("at", epochs=2), tmp_path, callback, data=digits)
+    assert reported == [1]
+
+
+def test_the_memory_of_a_training_is_free_at_its_end(tmp_path: Path, digits: DatasetSplits) -> None:
+    """Without the garbage collector, which a full GPU does not call."""
+    gc.collect()
+    gc.disable()
+    try:
+        train_model(tiny("at", epochs=1), tmp_path, data=digits)
+        assert not [found for found in gc.get_objects() if isinstance(found, torch.optim.SGD)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

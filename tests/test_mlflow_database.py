@@ -34,6 +34,7 @@ def test_a_new_database_and_one_of_this_mlflow_are_usable(database: Path) -> Non
         "DROP TABLE alembic_version",
         "UPDATE experiments SET name = 'raysweep', lifecycle_stage = 'deleted'",
         "UPDATE experiments SET name = 'raysweep', artifact_location = 's3://elsewhere'",
+        "UPDATE experiments SET name = 'raysweep', artifact_location = 'file://['",
     ],
 )
 def test_what_mlflow_must_decide_is_not_predicted(database: Path, change: str) -> None:
@@ -45,3 +46,5 @@ def test_what_mlflow_must_decide_is_not_predicted(database: Path, change: str) -
 def test_a_file_that_is_no_database_is_not_usable(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database")
     assert not is_usable_database(tmp_path / "mlflow.db", None)
+    (tmp_path / "link.db").symlink_to(tmp_path / "unmounted" / "mlflow.db")
+    assert not is_usable_database(tmp_path / "link.db", None)

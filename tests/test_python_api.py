@@ -61,6 +61,7 @@ def test_the_package_imports_nothing_heavy_until_a_name_is_used() -> None:
 def test_arrays_train_as_a_folder_with_them_does(workdir: Path, capsys) -> None:
     (x, y), test = make_images(120, 0), make_images(40, 1)
     settings = {**TINY, **ONE_RUN, "epochs": np.int64(1), np.str_("optim.lr"): np.float64(0.05)}
+    settings["optim.momentum"] = np.longdouble(0.9)
     run = raysweep.train(
         "at",
         data={"train": (torch.from_numpy(x), y.tolist()), "test": test},
@@ -128,6 +129,7 @@ def test_images_without_a_test_set_train_and_are_not_evaluated(workdir: Path, ca
         ({"max_seconds": 0}, "max_seconds = 0: is not a number above 0"),
         ({"max_gpu_hours": float("nan")}, "max_gpu_hours = nan: is not a number of at least 0"),
         ({"settings": {"epochs": "x"}}, "epochs = 'x'"),
+        ({"settings": {"epochs": np.clongdouble(1)}}, "epochs = np.clongdouble('1+0j'): expected"),
         ({"settings": {3: 1}}, "3: expected the name of a setting"),
         ({"resume": "no"}, "no sweep in"),
         ({"retry_failed": True}, "--retry-failed: names no sweep"),

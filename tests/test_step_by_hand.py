@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raysweep.attacks import PGD, AttackResult
 from raysweep.catalog import METHODS
@@ -462,6 +463,28 @@ def test_gradients_are_averaged_in_their_own_place_and_type(bucket_bytes: int, m
         assert grads[2] is None
         assert grads[0].tolist() == [0, 2] and grads[3].flatten().tolist() == [*range(60, 76, 2)]
         assert grads[1].tolist() == [[20, 22, 24]] and grads[1].dtype == torch.float64
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**22])
+def test_gradients_of_networks_that_recompute_activations_are_complete(
+    bucket_bytes: int, monkeypatch
+) -> None:
+    """Each of two forward passes adds to the gradients in a backward pass of its own."""
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", bucket_bytes)
+
+    def work(workers: WorkerGroup) -> list[list[list[float]]]:
+        model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(2)))
+        for layer in model:
+            nn.init.eye_(layer.weight)
+        x = torch.tensor([[1.0, 10.0]]) * (1 + 2 * workers.rank)
+        passes = [checkpoint(model, x.requires_grad_(), use_reentrant=True) for _ in range(2)]
+        with average_gradients(model, workers):
+            (passes[0].sum() + 2 * passes[1].sum()).backward()
+        return [layer.weight.grad.tolist() for layer in model]
+
+    # The loss is three times the sum of the outputs, and the workers' mean image is (2, 20).
+    for grads in on_two_workers(work):
+        assert grads == [[[6, 60], [6, 60]]] * 2
 
 
 def test_gradients_are_summed_during_the_backward_pass(monkeypatch) -> None:

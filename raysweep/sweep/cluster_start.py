@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from threading import Event, Thread
 
 from raysweep.sweep.ray_access import create_private_ray_folder, token_without_home
@@ -25,7 +25,8 @@ class ClusterStart:
 
     def __init__(self) -> None:
         self._started: Future[None] = Future()
-        self._ended = Event()
+        self._must_end = Event()
+        self._has_ended = Event()
         self._thread: Thread | None = None
 
     def begin(self) -> None:
@@ -44,29 +45,38 @@ class ClusterStart:
         self._started.result()
 
     def end(self) -> None:
-        """Stop the cluster, unless it was never begun or has already ended."""
-        if self._thread is None or self._ended.is_set():
-            return
-        with suppress(Exception):
-            self._started.result()
-        if ray := sys.modules.get("ray"):
-            ray.shutdown()
-        self._ended.set()
-        self._thread.join()
+        """Stop the cluster, unless it was never begun. It also stops if Ctrl-C ends this call."""
+        self._must_end.set()
+        if self._thread is not None:
+            # Ctrl-C during a `join` would make Python take the thread for one that has ended.
+            self._has_ended.wait()
+            self._thread.join()
+        if self in _current_starts:
+            _current_starts.remove(self)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether `end` was called."""
+        return self._must_end.is_set()
 
     def _run(self) -> None:
-        """Start the cluster, and wait for its end."""
+        """Start the cluster, wait for its end, and stop it."""
         try:
+            import ray
+
             from raysweep.sweep.cluster import start_local_cluster
 
             with ExitStack() as workers:
+                workers.callback(ray.shutdown)
                 start_local_cluster(workers)
                 self._started.set_result(None)
-                self._ended.wait()
+                self._must_end.wait()
         except BaseException as error:
             if self._started.done():
                 raise
             self._started.set_exception(error)
+        finally:
+            self._has_ended.set()
 
 
 _current_starts: list[ClusterStart] = []
@@ -74,6 +84,9 @@ _current_starts: list[ClusterStart] = []
 
 def find_cluster_start() -> ClusterStart | None:
     """Return the `ClusterStart` of the innermost `prepare_cluster`; None outside of one."""
+    for start in [start for start in _current_starts if start.is_ending]:
+        # Ctrl-C has interrupted the wait for its end.
+        start.end()
     return _current_starts[-1] if _current_starts else None
 
 
@@ -88,9 +101,10 @@ def prepare_cluster(address: str | None) -> Iterator[ClusterStart | None]:
         A `ClusterStart` that has not begun; None if `connect_to_cluster` will join a cluster, or if
         an outer block has prepared one.
     """
+    is_prepared = find_cluster_start() is not None
     ray = sys.modules.get("ray")
     joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())
-    if joins_cluster or _current_starts:
+    if joins_cluster or is_prepared:
         yield None
         return
     with ExitStack() as prepared:
@@ -100,6 +114,5 @@ def prepare_cluster(address: str | None) -> Iterator[ClusterStart | None]:
             prepared.enter_context(run_worker_server(create_private_ray_folder().parent))
         start = ClusterStart()
         _current_starts.append(start)
-        prepared.callback(_current_starts.remove, start)
         prepared.callback(start.end)
         yield start

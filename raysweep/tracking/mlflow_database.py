@@ -49,7 +49,7 @@ def is_usable_database(database: Path, artifact_root: Path | None) -> bool:
     revision = _find_schema_revision()
     if revision is None:
         return False
-    if not database.exists():
+    if not os.path.lexists(database):
         return os.access(database.parent, os.W_OK)
     try:
         with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as found:
@@ -144,10 +144,18 @@ def require_own_artifacts(database: Path, artifact_root: Path) -> None:
         ).fetchall()
     root = str(artifact_root.resolve())
     for (uri,) in rows:
-        path = unquote(urlsplit(str(uri)).path)
-        is_file = urlsplit(str(uri)).scheme in ("", "file")
-        if not is_file or os.path.commonpath([root, os.path.normpath(f"/{path}")]) != root:
+        if not _is_below(str(uri), root):
             raise DamagedFileError(
                 f"{database}: it keeps artifacts in {shorten_value(uri)}, outside of {root}: move "
                 f"it away, or set {URI_VARIABLE}=sqlite:///{database} if you trust it"
             )
+
+
+def _is_below(uri: str, root: str) -> bool:
+    """Return whether a URI is that of a file or folder below an absolute path."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return False
+    path = os.path.normpath(f"/{unquote(parts.path)}")
+    return parts.scheme in ("", "file") and os.path.commonpath([root, path]) == root

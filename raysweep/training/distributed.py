@@ -143,6 +143,7 @@ class _GradientBuckets:
         self._buckets: list[list[nn.Parameter]] = []
         self._sums: list[tuple[list[nn.Parameter], Callable[[], Tensor]]] = []
         self._n_started = 0
+        self._is_stale = False
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         n_bytes = 0
         for parameter in reversed(parameters):
@@ -152,14 +153,14 @@ class _GradientBuckets:
                 n_bytes = 0
             self._buckets[-1].append(parameter)
             n_bytes += parameter.numel() * parameter.element_size()
-        self._n_missing = [len(bucket) for bucket in self._buckets]
+        self._missing = [set(bucket) for bucket in self._buckets]
 
     @contextmanager
     def observe_backward(self) -> Iterator[None]:
         """Context manager that starts to sum each bucket when all its gradients are computed."""
         hooks = [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(self._count_gradient, number)
+                partial(self._note_gradient, number)
             )
             for number, bucket in enumerate(self._buckets)
             for parameter in bucket
@@ -172,6 +173,11 @@ class _GradientBuckets:
 
     def finish(self) -> None:
         """Sum the buckets that are left, and replace the gradients by their means."""
+        if self._is_stale:
+            # All workers run the same backward passes, so this is the case on all of them.
+            for _, wait in self._sums:
+                wait()
+            self._sums, self._n_started = [], 0
         while self._n_started < len(self._buckets):
             self._start_next()
         for parameters, wait in self._sums:
@@ -179,10 +185,15 @@ class _GradientBuckets:
             for parameter, part in zip(parameters, _split_like(mean, parameters), strict=True):
                 parameter.grad = part
 
-    def _count_gradient(self, number: int, _: Tensor) -> None:
-        """Count a new gradient of a bucket; start the sums of complete buckets in order."""
-        self._n_missing[number] -= 1
-        while self._n_started < len(self._buckets) and not self._n_missing[self._n_started]:
+    def _note_gradient(self, number: int, parameter: nn.Parameter) -> None:
+        """Note a new gradient of a bucket; start the sums of complete buckets in order.
+
+        It comes once, unless the network recomputes activations in backward passes of their own
+        (`torch.utils.checkpoint` with `use_reentrant=True`).
+        """
+        self._is_stale |= number < self._n_started
+        self._missing[number].discard(parameter)
+        while self._n_started < len(self._buckets) and not self._missing[self._n_started]:
             self._start_next()
 
     def _start_next(self) -> None:

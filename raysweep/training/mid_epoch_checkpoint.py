@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,8 +75,6 @@ class MidEpochCheckpointer:
     call each method.
 
     Args:
-        should_interrupt: Called after each step; True interrupts training. It must return the same
-            on all workers.
         run_directory: Folder of the run.
         config: Config of the run.
         model: The model that is trained.
@@ -87,7 +85,6 @@ class MidEpochCheckpointer:
 
     def __init__(
         self,
-        should_interrupt: Callable[[], bool],
         run_directory: RunDirectory,
         config: TrainingConfig,
         model: nn.Module,
@@ -96,7 +93,6 @@ class MidEpochCheckpointer:
         workers: WorkerGroup = SINGLE_WORKER,
     ) -> None:
         self._workers = workers
-        self._should_interrupt = should_interrupt
         self._run_directory = run_directory
         self._config = config
         self._model = model
@@ -129,10 +125,8 @@ class MidEpochCheckpointer:
         self._started_at -= partial_epoch.seconds
         return partial_epoch.steps
 
-    def save_if_interrupted(self, steps_done: int, diagnostics: EpochDiagnostics) -> None:
-        """Save the unfinished epoch and stop, if `should_interrupt` returns True.
-
-        The training loop calls this after each step.
+    def save_and_interrupt(self, steps_done: int, diagnostics: EpochDiagnostics) -> NoReturn:
+        """Save the unfinished epoch and stop.
 
         Args:
             steps_done: Number of finished steps of this epoch.
@@ -141,8 +135,6 @@ class MidEpochCheckpointer:
         Raises:
             TrainingInterrupted: The state was saved and training stops here.
         """
-        if not self._should_interrupt():
-            return
         sums, edges = diagnostics.export_state()
         seconds = time.perf_counter() - self._started_at
         facts = {"steps": str(steps_done), "seconds": str(seconds), "edges": json.dumps(edges)}

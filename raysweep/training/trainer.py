@@ -284,7 +284,6 @@ class _TrainingRun:
         self.device_data = self.data.to(self.device)
         self.validation_data = self.config.validation.select_split(self.data).to(self.device)
         self.checkpointer = MidEpochCheckpointer(
-            self._should_interrupt,
             self.directory,
             self.config,
             self.model,
@@ -304,12 +303,14 @@ class _TrainingRun:
     def finish_writes(self) -> Iterator[None]:
         """Context manager of the whole run that waits for its writes at the end.
 
+        If training fails in an epoch, the epoch before is reported first.
+
         Yields:
             Nothing.
         """
         try:
             yield
-        except TrainingFailed:
+        except Exception:
             self._complete_epoch()
             raise
         finally:
@@ -404,13 +405,6 @@ class _TrainingRun:
             _log_epoch(saved.last_metrics, key)
         self.callback.on_epoch_end(saved.last_metrics, saved)
         _check_not_collapsed(self.config, saved.history, self.data)
-
-    def _should_interrupt(self) -> bool:
-        """Ask the callback whether to interrupt; if so, first report the unreported epoch."""
-        if not self.callback.should_interrupt():
-            return False
-        self._complete_epoch()
-        return True
 
     def _update_best_epoch(self, last_epoch: int) -> int:
         """Return the best epoch that has a checkpoint, after `last_epoch` (1-based) was saved."""
@@ -535,7 +529,9 @@ class _TrainingRun:
                 diagnostics.add_batch(output, batch.y)
                 self._complete_epoch_if_saved()
                 self.callback.on_step_end(epoch + 1, steps)
-                self.checkpointer.save_if_interrupted(steps, diagnostics)
+                if self.callback.should_interrupt():
+                    self._complete_epoch()
+                    self.checkpointer.save_and_interrupt(steps, diagnostics)
 
     def _validate(self, epoch: int) -> tuple[EpochMetrics, ExampleVerdicts]:
         """Measure the model on validation data, and on some training images."""
