@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from command_line import create_parser
 from measure import describe_machine, format_table
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,7 @@ def run_scene(name: str, number: signal.Signals, comes_back: bool) -> list[str]:
 
 
 def main() -> None:
+    create_parser(__doc__).parse_args()
     rows = [run_scene(name, *scene) for name, scene in SCENES.items()]
     print(describe_machine())
     head = ["MLflow's server", "exit", "traceback", "warnings", "ledger: trials, epochs"]
