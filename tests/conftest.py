@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import tempfile
@@ -15,6 +16,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# The background jobs of a script ignore SIGINT; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads of OpenMP that have nothing to do sleep. By default they spin, and two threads that share
 # two cores with other tests take ten times as long for a small network.

@@ -148,6 +148,8 @@ def test_a_drained_node_and_a_sigterm_cost_a_group_nothing(
     for rank in (0, 1):
         saved = find_steps(by_rank[rank], "interrupted in epoch ")
         assert saved == find_steps(by_rank[rank], "resuming within epoch ") and len(saved) == 2
+        fallbacks = [message for message in by_rank[rank] if message.startswith("fallback")]
+        assert not fallbacks, "a model with synchronised batch norms can be copied"
     assert "a node is taken away: the group starts again elsewhere" in by_rank[None]
     assert trial.retries == 1, "SIGTERM ends its own process, a node of a worker does not"
     last = RunDirectory(ledger.trial_path(0)).read_last_checkpoint()

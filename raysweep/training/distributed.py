@@ -60,6 +60,10 @@ class DistributedWorkerGroup:
             if is_gloo:
                 self._background_group = cast(dist.ProcessGroup, dist.new_group())
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "DistributedWorkerGroup":
+        """Return this group: copies of a model, whose batch norms have it, use its connections."""
+        return self
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes (see `WorkerGroup`).
 
