@@ -96,6 +96,38 @@ CORE = [
         for n in ("statistics", "promote", "published_results", "artifact", "stage", "register")
     ),
     "raysweep/pipeline/paired_comparison.py",
+    *(
+        f"raysweep/{n}.py"
+        for n in (
+            "atomic_files",
+            "bounded_files",
+            "catalog",
+            "code_files",
+            "disk_space",
+            "file_privacy",
+            "record_queue",
+            "redaction",
+            "run_comparison",
+            "stored_data",
+            "unrecorded_work",
+            "visible_text",
+            "yaml_files",
+        )
+    ),
+    *(
+        f"raysweep/sweep/{n}.py"
+        for n in ("finalist_attacks", "finalist_summary", "optuna_export", "repeat_plan", "trial")
+    ),
+    *(
+        f"raysweep/sweep/{n}.py"
+        for n in ("repeat_summary", "space_warnings", "time_left", "warm_start")
+    ),
+    *(
+        f"raysweep/pipeline/{n}.py"
+        for n in ("autoattack", "facts", "pipeline", "plan", "stage_sweep")
+    ),
+    *(f"raysweep/pipeline/report/{n}.py" for n in ("ablations", "contents")),
+    "raysweep/tracking/*.py",
 ]
 # Not copied with the project.
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns",
