@@ -411,7 +411,7 @@ def test_a_node_of_ray_that_starts_too_slowly_is_a_fault_of_the_environment(
 
     monkeypatch.setattr("ray.init", fail)
     with pytest.raises(InfrastructureError) as caught, ExitStack() as workers:
-        cluster._start_or_join("local", 1, "--address", workers)
+        cluster.start_local_cluster(workers, 1)
     assert str(caught.value).startswith(f"Ray could not be started on this machine: {words}")
     assert caught.value.exit_code == 3
 

@@ -56,6 +56,7 @@ def share_with_threads(threads: int, path: Path) -> None:
     loop = {"threads": threads, "source": source_of(config), "prefixes": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.train, "report", lambda metrics: found.append(torch.get_num_threads()))
+        patch.setattr(ray.train, "get_preemption_info", lambda: None)
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
         patch.setattr(
             multi_worker_trial, "get_current_placement_group", lambda: SimpleNamespace(id=b"group")
