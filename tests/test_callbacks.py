@@ -61,18 +61,25 @@ def test_functions_are_called_in_the_order_of_training(
     assert calls == ["step 1 1", "asked", "step 1 2", "asked", "epoch 1"]
 
 
+def save_first_epoch_after(event: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the checkpoint of the first epoch only once the event is set."""
+    save = checkpoint.save_checkpoint
+
+    def save_late(path: StorePath, *args: Any, **kwargs: Any) -> TrainingCheckpoint:
+        if path.name == "epoch-0001":
+            assert event.wait(600)
+        return save(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
+
+
 def test_a_checkpoint_is_written_beside_the_next_epoch_and_then_reported(
     tmp_path: Path, digits: DatasetSplits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its write ends after a step of the next epoch. An interruption reports the epoch first."""
     calls: list[str] = []
     is_next_epoch = threading.Event()
-    save = checkpoint.save_checkpoint
-
-    def save_late(path: StorePath, *args: Any, **kwargs: Any) -> TrainingCheckpoint:
-        if path.name == "epoch-0001":
-            assert is_next_epoch.wait(600)
-        return save(path, *args, **kwargs)
+    save_first_epoch_after(is_next_epoch, monkeypatch)
 
     def on_epoch_end(metrics: EpochMetrics, saved: TrainingCheckpoint) -> None:
         assert saved.local_folder.is_dir()
@@ -83,7 +90,6 @@ def test_a_checkpoint_is_written_beside_the_next_epoch_and_then_reported(
         if epoch == 2:
             is_next_epoch.set()
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
     callback = FunctionCallback(on_epoch_end, on_step_end, is_next_epoch.is_set)
     with pytest.raises(TrainingInterrupted, match="in epoch 2 after 1 step"):
         train_model(tiny("at", epochs=2), tmp_path / "late", callback, data=digits)
@@ -98,18 +104,13 @@ def test_an_epoch_is_reported_although_the_next_one_fails(
 ) -> None:
     reported: list[float] = []
     has_failed = threading.Event()
-    save = checkpoint.save_checkpoint
-
-    def save_late(*args: Any, **kwargs: Any) -> TrainingCheckpoint:
-        assert has_failed.wait(600)
-        return save(*args, **kwargs)
+    save_first_epoch_after(has_failed, monkeypatch)
 
     def fail_in_second_epoch(epoch: int, steps: int) -> None:
         if epoch == 2:
             has_failed.set()
             raise MemoryError("a bug")
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
     callback = FunctionCallback(
         lambda metrics, saved: reported.append(metrics["epoch"]), fail_in_second_epoch
     )
