@@ -426,6 +426,7 @@ def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
         "logs/running_command.py",
         "evaluation/process_pool.py",
         "sweep/preemption.py",
+        "sweep/server_process.py",
         "sweep/worker_server.py",
     }
     for path in sorted((ROOT / "raysweep").rglob("*.py")):

@@ -18,6 +18,7 @@ from raysweep.logs.running_command import (
     LEVEL_VARIABLE,
     CommandLog,
     command_log,
+    forget_command,
     format_command_line,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "close_logs",
     "command_log",
     "discard_log",
+    "forget_command",
     "format_command_line",
     "format_entry",
     "log_to_folder",

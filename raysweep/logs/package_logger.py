@@ -65,6 +65,11 @@ def detach_handlers(*handlers: logging.Handler) -> None:
     _update_level()
 
 
+def detach_all_handlers() -> None:
+    """Detach the handlers of another process, of which this one is a fork. They stay open there."""
+    detach_handlers(*_Attached.handlers)
+
+
 def _update_level() -> None:
     """Let all records pass while a handler is attached.
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from raysweep.errors import ExitCode
 from raysweep.logs.handlers import EarlyRecordBuffer, TerminalHandler
-from raysweep.logs.package_logger import attach_handlers, detach_handlers
+from raysweep.logs.package_logger import attach_handlers, detach_all_handlers, detach_handlers
 from raysweep.redaction import redact_secrets
 
 LEVEL_VARIABLE = "RAYSWEEP_LOG_LEVEL"
@@ -91,6 +91,12 @@ def command_log(name: str, command_line: str, verbose: bool = False) -> Iterator
     finally:
         detach_handlers(terminal, early)
         CommandLog.running = outer_command
+
+
+def forget_command() -> None:
+    """Forget the command of the process that this one is a fork of, and leave its log alone."""
+    CommandLog.running = None
+    detach_all_handlers()
 
 
 def _log_command_end(command: CommandLog, started_at: float, error: BaseException | None) -> None:

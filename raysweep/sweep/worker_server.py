@@ -17,13 +17,15 @@ import secrets
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from raysweep.sweep.server_process import ForkedProcess, NewInterpreter
 
 SOCKET_VARIABLE = "RAYSWEEP_WORKER_SERVER"
 """Environment variable of a raylet with the path of the server's socket."""
@@ -65,16 +67,7 @@ class WorkerServer:
             # Requests wait in it until the server has imported what it needs.
             listener.listen(256)
             new_path.rename(self.socket_path)
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, "serve", str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[listener.fileno()],
-                env=os.environ | _NO_JOB,
-                # Ctrl-C is for the command, which decides when workers end.
-                start_new_session=True,
-            )
+            self._process = _start_process(listener)
 
     def import_ray(self) -> None:
         """Let the server import Ray before the cluster starts.
@@ -83,19 +76,37 @@ class WorkerServer:
         `ray.init` turns on, and with which process a worker ends. Without this call, the server
         imports Ray when it is asked for the first worker, with the variables of that worker.
         """
-        imported = {"RAY_AUTH_MODE": "token", "RAY_RAYLET_PID": str(os.getpid())}
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
             connection.connect(str(self.socket_path))
-            _send_request(connection, {"environment": imported | os.environ})
+            _send_request(connection, {"environment": _make_import_environment()})
 
     def stop(self) -> None:
         """End the server; workers that it has forked live on."""
-        assert self._process.stdin is not None
-        self._process.kill()
-        self._process.wait()
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._process.stop()
         self.socket_path.unlink(missing_ok=True)
+
+
+def _start_process(listener: socket.socket) -> "ForkedProcess | NewInterpreter":
+    """Start the server's process: a fork of this one, after its imports, where that is safe."""
+    from raysweep.sweep.ray_environment import set_environment
+    from raysweep.sweep.server_process import (
+        ForkedProcess,
+        NewInterpreter,
+        can_fork_this_process,
+        import_in_thread,
+    )
+
+    if not can_fork_this_process():
+        arguments = [__file__, "serve", str(listener.fileno())]
+        return NewInterpreter(arguments, listener, _NO_JOB)
+    with set_environment(_make_import_environment() | _NO_JOB):
+        import_in_thread((*_EARLY_IMPORTS, *_RAY_IMPORTS))
+    return ForkedProcess(lambda: _serve(listener), listener)
+
+
+def _make_import_environment() -> dict[str, str]:
+    """Return the environment in which a server imports Ray before the cluster starts."""
+    return {"RAY_AUTH_MODE": "token", "RAY_RAYLET_PID": str(os.getpid())} | os.environ
 
 
 def _delete_stale_sockets(folder: Path) -> None:
