@@ -4,13 +4,13 @@
     python benchmarks/search_quality.py report --work FOLDER [--figure FILE]
 
 `run` simulates sweeps (`search_simulator.py` says how) and writes what they found into FOLDER, and
-so does `search_anchors.py` with other tuners. `report` prints the tables and the goals of all that
+so does `search_other_tuners.py`. `report` prints the tables and the goals of all that
 is there. A difference is said with its standard error.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class BelowPrediction:
     min_trials: int = 3
     curves: dict[int, dict[int, float]] = field(default_factory=dict)
 
-    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
+        value = float(table.objective[setting, seed, epoch - 1])
         self.curves.setdefault(setting, {})[epoch] = value
         rises = [
             max(curve.values()) - curve[epoch]
@@ -171,10 +172,17 @@ def run(args: argparse.Namespace) -> None:
         for name in args.variants:
             # Random search shows what its 64 trials find; the others have a quarter of the epochs.
             max_epochs = N_RANDOM * table.n_epochs if name == "random, none" else args.epochs
-            table.n_averaged = args.average
+            if args.score_epochs:
+                table.score_epochs = args.score_epochs
             outcome = evaluate(table, VARIANTS[name], max_epochs, args.repeats)
-            name = f"{name}, mean of {args.average}" if args.average > 1 else name
-            save_outcome(args.work, space, name, outcome)
+            save_outcome(args.work, space, name + describe_score(args.score_epochs), outcome)
+
+
+def describe_score(score_epochs: int | None) -> str:
+    """Return what is added to the name of a search whose score is not that of the space."""
+    if score_epochs is None:
+        return ""
+    return ", best epoch" if score_epochs == 1 else f", mean of {score_epochs}"
 
 
 def describe_signal(table: Table) -> str:
@@ -212,11 +220,9 @@ def draw_random(table: Table, n_trials: int, repeats: int) -> tuple[np.ndarray, 
     rng = np.random.default_rng(0)
     low, high = table.truth.mean(), table.truth.max()
     gains, costs = np.zeros(repeats), np.zeros(repeats)
-    epochs = range(1, table.n_epochs + 1)
     settings = range(len(table.params))
     ranks = [
-        [max(table.rank_epoch(setting, seed, epoch) for epoch in epochs) for setting in settings]
-        for seed in (0, 1)
+        [table.score(setting, seed, table.n_epochs) for setting in settings] for seed in (0, 1)
     ]
     for repeat in range(repeats):
         draws = rng.integers(len(table.params), size=n_trials)
@@ -234,18 +240,18 @@ def compare_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list
         For each way its name, trainings and mean gain. The second seed of a setting is its repeat.
     """
     rng = np.random.default_rng(0)
-    epochs = range(1, table.n_epochs + 1)
-    settings, seeds = range(len(table.params)), (0, 1)
-    best, last = (
-        np.array([[score(setting, seed) for seed in seeds] for setting in settings])
-        for score in (
-            lambda *run: max(table.rank_epoch(*run, epoch) for epoch in epochs),
-            lambda *run: table.mean_last(*run, table.n_epochs),
-        )
-    )
-    # The margin only breaks ties: objectives are multiples of 1 / 300 or so.
-    by_best, by_mean = best[..., 0] + 1e-3 * best[..., 1], last[..., 1]
+    settings = range(len(table.params))
     gain = (table.truth - table.truth.mean()) / (table.truth.max() - table.truth.mean())
+
+    def list_scores(score_epochs: int) -> np.ndarray:
+        ranked_table = replace(table, score_epochs=score_epochs)
+        pairs = np.array(
+            [[ranked_table.score(number, seed, table.n_epochs) for seed in (0, 1)]
+             for number in settings]
+        )  # fmt: skip
+        # The margin only breaks ties: objectives are multiples of 1 / 300 or so.
+        scores: np.ndarray = pairs[..., 0] + 1e-5 * pairs[..., 1]
+        return scores
 
     def choose(size: int, scores: np.ndarray, n_repeated: int) -> str:
         found = []
@@ -258,19 +264,19 @@ def compare_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list
             found.append(gain[leaders[0]])
         return describe_mean(found)
 
-    rows = [
-        ("best epoch", n_trials, by_best, 0),
-        ("best epoch", n_trials + 2, by_best, 0),
-        ("best epoch, the best two with a second seed", n_trials, by_best, 2),
-        ("best epoch", n_trials + 4, by_best, 0),
-        ("best epoch, the best four with a second seed", n_trials, by_best, 4),
-        ("mean of the last three epochs", n_trials, by_mean, 0),
-        ("mean of the last three epochs, the best two with a second seed", n_trials, by_mean, 2),
-    ]
-    return [
-        [name, str(size + n_repeated), choose(size, scores, n_repeated)]
-        for name, size, scores, n_repeated in rows
-    ]
+    rows = []
+    for score_epochs in (1, 2, 3, 4):
+        name = f"mean of {score_epochs} epochs" if score_epochs > 1 else "best epoch"
+        scores = list_scores(score_epochs)
+        rows.append([name, str(n_trials), choose(n_trials, scores, 0)])
+        if score_epochs not in (1, table.score_epochs):
+            continue
+        for n_repeated in (2, 4):
+            size = n_trials + n_repeated
+            rows.append([name, str(size), choose(size, scores, 0)])
+            repeated = f"{name}, the best {n_repeated} with a second seed"
+            rows.append([repeated, str(size), choose(n_trials, scores, n_repeated)])
+    return rows
 
 
 def list_goals(table: Table, outcomes: dict[str, Outcome], ours: str) -> list[list[str]]:
@@ -304,17 +310,17 @@ def list_goals(table: Table, outcomes: dict[str, Outcome], ours: str) -> list[li
             "met" if ratio >= 2 or near else "missed",
         ]
     )
-    for name, anchor in outcomes.items():
+    for name, other in outcomes.items():
         if any(name.startswith(variant) for variant in VARIANTS):
             continue
-        budgets = [epochs for epochs in (size, quarter) if epochs <= anchor.gains.shape[1]]
+        budgets = [epochs for epochs in (size, quarter) if epochs <= other.gains.shape[1]]
         differences = [
-            describe_difference(gain_at(chosen, epochs), gain_at(anchor, epochs))
+            describe_difference(gain_at(chosen, epochs), gain_at(other, epochs))
             for epochs in budgets
         ]
         rows.append(
             [
-                f"ahead of {name} ({len(anchor.gains)} sweeps) after "
+                f"ahead of {name} ({len(other.gains)} sweeps) after "
                 f"{' and '.join(f'{epochs:.0f}' for epochs in budgets)} epochs",
                 "; ".join(text for text, _ in differences),
                 "; ".join(
@@ -377,7 +383,6 @@ def report(args: argparse.Namespace) -> None:
         ]
         print(f"\n## {space}\n\n{describe_signal(table)}\n")
         print(format_table(header, rows))
-        table.n_averaged = 3
         print("\nRandom trials, all trained to the end:\n")
         print(format_table(["choice by", "trainings", "gain"], compare_choices(table, 4000)))
         print()
@@ -393,13 +398,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
+    parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat", "trades", "fat"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
-        "--average",
+        "--score-epochs",
         type=int,
-        default=1,
-        help="rank trials by their mean over so many last epochs (default: by the best epoch)",
+        help="number of epochs that a score averages (default: that of the space)",
     )
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
     parser.add_argument("--ours", default="TPE, ASHA from 6", choices=VARIANTS)

@@ -1,9 +1,9 @@
-"""Sweeps replayed on recorded curves, for `search_quality.py` and `search_anchors.py`.
+"""Sweeps replayed on recorded curves, for `search_quality.py` and `search_other_tuners.py`.
 
 A simulated sweep proposes settings, trains the nearest recorded one that it has not tried, stops or
-pauses trials as its scheduler says, and chooses the trial with the best validated epoch so far, as
-a real sweep does. Its choice is evaluated on the test images, by the mean over the seeds of the
-setting: the sweep has seen neither. Costs are epochs that a sweep trains itself; epochs within a
+pauses trials as its scheduler says, and chooses the trial with the best score so far, as a real
+sweep does. Its choice is evaluated on the test images, by the mean over the seeds of the setting:
+the sweep has seen neither. Costs are epochs that a sweep trains itself; epochs within a
 common burn-in are shared. Two trials run at once.
 
 Gain: 0 is the mean of all recorded settings, which is what a single random trial finds, and 1 is
@@ -23,6 +23,7 @@ import optuna
 from measure import describe_mean
 
 from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
+from raysweep.training.selection import SelectionRule, average_epochs
 
 CONCURRENCY = 2
 
@@ -38,7 +39,7 @@ class Table:
         margin: Mean margin on the same examples, (settings, seeds, epochs).
         test: Accuracy of the best checkpoint on test images, (settings, seeds).
         burn_in: First epochs in which a setting's weights do not act, (settings,).
-        n_averaged: Last epochs whose mean objective ranks trials; 1 for the best epoch instead.
+        score_epochs: Number of epochs that a score averages (`SearchSpace.score_epochs`).
         points: The settings in the unit cube, (settings, dimensions).
     """
 
@@ -48,7 +49,7 @@ class Table:
     margin: np.ndarray
     test: np.ndarray
     burn_in: np.ndarray
-    n_averaged: int = 1
+    score_epochs: int = 1
     points: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,23 +87,25 @@ class Table:
         distances[list(tried)] = np.inf
         return int(distances.argmin())
 
-    def rank_epoch(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
-        """Return the objective after an epoch and its margin; -1 within the burn-in."""
-        if epoch <= self.burn_in[setting]:
-            return -1.0, 0.0
-        index = (setting, seed, epoch - 1)
-        return float(self.objective[index]), float(self.margin[index])
-
-    def mean_last(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
-        """Return whether a trial has ended, and its mean objective over the last epochs that count.
-
-        The first component ranks finished trials above others.
+    def score(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
+        """Return the score of a trial after an epoch, and what breaks ties of it; -1 within the
+        burn-in.
         """
-        first = max(int(self.burn_in[setting]), epoch - self.n_averaged)
-        if epoch <= first:
+        means = self._average_epochs(setting, seed, epoch)
+        if not means:
             return -1.0, 0.0
-        mean = self.objective[setting, seed, first:epoch].mean()
-        return float(epoch == self.n_epochs), float(mean)
+        first = int(self.burn_in[setting])
+        best = first + int(self.objective[setting, seed, first:epoch].argmax())
+        return max(means), float(self.margin[setting, seed, best])
+
+    def rung_value(self, setting: int, seed: int, epoch: int) -> float:
+        """Return by what ASHA compares a trial at an epoch after its burn-in."""
+        return self._average_epochs(setting, seed, epoch)[-1]
+
+    def _average_epochs(self, setting: int, seed: int, epoch: int) -> list[float]:
+        rule = SelectionRule("", int(self.burn_in[setting]), score_epochs=self.score_epochs)
+        curve = enumerate(self.objective[setting, seed, :epoch].tolist(), 1)
+        return average_epochs([*curve], rule)
 
 
 def load_table(path: Path, name: str) -> Table:
@@ -127,6 +130,7 @@ def load_table(path: Path, name: str) -> Table:
         curves("robust_margin"),
         np.array([[seeds[seed]["test"] for seed in (0, 1)] for seeds in rows]),
         np.array([seeds[0]["burn_in"] for seeds in rows]),
+        space.score_epochs or 1,
     )
 
 
@@ -136,12 +140,12 @@ class Search(Protocol):
     def propose(self, tried: Sequence[int]) -> int | None:
         """Return the setting to train next, a new one or one that was paused; None to wait."""
 
-    def report(self, setting: int, epoch: int, value: float) -> bool:
-        """Take the objective after an epoch; return whether the trial trains another one."""
+    def report(self, setting: int, seed: int, epoch: int) -> bool:
+        """Take the result of an epoch; return whether the trial trains another one."""
 
 
 class Scheduler(Protocol):
-    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool: ...
+    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool: ...
 
 
 class OptunaSearch:
@@ -155,7 +159,6 @@ class OptunaSearch:
         self.study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler())
         self.points = [*points]
         self.pending: dict[int, optuna.Trial] = {}
-        self.values: dict[int, list[float]] = {}
 
     def draw(self) -> Params:
         draft = self.study.ask()
@@ -176,18 +179,15 @@ class OptunaSearch:
         self.space.suggest_params(self.pending[setting])
         return setting
 
-    def report(self, setting: int, epoch: int, value: float) -> bool:
-        if epoch > self.table.burn_in[setting]:
-            values = self.values.setdefault(setting, [])
-            values.append(value)
-            is_last = epoch == self.table.n_epochs
-            if not is_last and not self.scheduler.stops(self.table, setting, epoch, value):
-                return True
-            n_averaged = self.table.n_averaged
-            score = max(values) if n_averaged == 1 else float(np.mean(values[-n_averaged:]))
-            self.study.tell(self.pending.pop(setting), score)
-            return False
-        return epoch < self.table.n_epochs
+    def report(self, setting: int, seed: int, epoch: int) -> bool:
+        is_last = epoch == self.table.n_epochs
+        if epoch <= self.table.burn_in[setting]:
+            return not is_last
+        if not is_last and not self.scheduler.stops(self.table, setting, seed, epoch):
+            return True
+        score, _ = self.table.score(setting, seed, epoch)
+        self.study.tell(self.pending.pop(setting), score)
+        return False
 
 
 @dataclass
@@ -198,12 +198,13 @@ class Asha:
     reduction_factor: int = 2
     values: dict[int, list[float]] = field(default_factory=dict)
 
-    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
         rung = self.grace_period
         while rung < epoch:
             rung *= self.reduction_factor
         if rung != epoch:
             return False
+        value = table.rung_value(setting, seed, epoch)
         values = self.values.setdefault(rung, [])
         values.append(value)
         n_promoted = max(1, len(values) // self.reduction_factor)
@@ -211,7 +212,7 @@ class Asha:
 
 
 class NeverStop:
-    def stops(self, table: Table, setting: int, epoch: int, value: float) -> bool:
+    def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
         return False
 
 
@@ -246,7 +247,7 @@ def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay
     reached = replay.reached
     running: list[tuple[float, int]] = []
     shared, now = 0, 0.0
-    best, choice = (-1.0, 0.0), -1
+    scores: dict[int, tuple[float, float]] = {}
     while len(replay.choice_by_epoch) < max_epochs:
         while len(running) < CONCURRENCY:
             setting = search.propose([*reached])
@@ -261,17 +262,16 @@ def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay
         reached[setting] += 1
         epoch = reached[setting]
         is_prefix = epoch <= table.burn_in[setting]
-        rank_trial = table.rank_epoch if table.n_averaged == 1 else table.mean_last
-        rank = rank_trial(setting, seed, epoch)
-        if rank > best:
-            best, choice = rank, setting
+        if not is_prefix:
+            scores[setting] = table.score(setting, seed, epoch)
+        choice = max(scores, key=lambda number: scores[number], default=-1)
         if not is_prefix or epoch > shared:
             replay.choice_by_epoch.append(choice)
             replay.trained[setting] += 1
             shared = max(shared, epoch) if is_prefix else shared
         elif replay.choice_by_epoch:
             replay.choice_by_epoch[-1] = choice
-        if search.report(setting, epoch, float(table.objective[setting, seed, epoch - 1])):
+        if search.report(setting, seed, epoch):
             heapq.heappush(running, (now + 1, setting))
     replay.unfinished = {setting for _, setting in running}
     return replay

@@ -169,8 +169,8 @@ class Sweep:
         text = f"{ledger.count_ended_trials()} of {ledger.space.n_trials} trials ended"
         best = ledger.find_best_trial()
         if best is not None:
-            objective = ledger.space.objectives[0]
-            text += f", best {best.title} with {objective} {best.score(objective):.3f}"
+            score = best.score(ledger.space.objectives[0])
+            text += f", best {best.title} with {ledger.space.score_name} {score:.3f}"
         return f"<Sweep {ledger.name}: {text}>"
 
     @property
@@ -192,6 +192,8 @@ class Sweep:
               it attacked at the end of the sweep; absent if it attacked none.
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
               it on the same validation images, else ""; absent if trials cannot be compared.
+            * `score`: its best mean objective over `SearchSpace.score_epochs` consecutive epochs;
+              only if the sweep has such scores.
             * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
               else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it
@@ -319,10 +321,12 @@ class Sweep:
         """Return a row of `trials`."""
         paths = list(self.ledger.space.space)
         labels, objective = param_labels(paths), self.ledger.space.objectives[0]
+        has_score = self.ledger.space.score_name == "score"
         return {
             "state": trial.describe_state(is_interrupted),
             **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
+            **({"score": trial.averages.get(objective)} if has_score else {}),
             "before": trial.best_in_burn_in.get(objective),
             "mean": trial.score(objective) if trial.repeats else None,
             "seeds": len(trial.trainings),
@@ -455,14 +459,14 @@ def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
             measured_trials.append(trial)
     masking_trials = [trial for trial in measured_trials if ledger.exceeds_masking_gap(trial)]
     scores = [
-        trial.score("robust_worst")
+        trial.best_epoch_value("robust_worst")
         for trial in measured_trials
         if ledger.rank_trial(trial).is_eligible
     ]
     lines = []
     if scores:
-        best_by_pgd = max(measured_trials, key=lambda trial: trial.score("pgd"))
-        cost = max(scores) - best_by_pgd.score("robust_worst")
+        best_by_pgd = max(measured_trials, key=lambda trial: trial.best_epoch_value("pgd"))
+        cost = max(scores) - best_by_pgd.best_epoch_value("robust_worst")
         if cost > 0:
             lines.append(
                 f"PGD would have chosen trial {best_by_pgd.number:04d}, "
@@ -559,15 +563,17 @@ def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDic
 
     Returns:
         The content of its trial.json, with `state` as from `Trial.describe_state`; `seeds`, on how
-        many of them its rank is based; `checkpoint`, the location of its best checkpoint, or None
-        before the first value of the objective;
-        `masks`, whether it exceeds the masking gap; and `choice`, what is wrong with its best
-        epoch, or "".
+        many of them its rank is based; `score`, by which it is ranked, without AutoAttack and
+        `checkpoint`, the location of its best checkpoint, both None before the first value of the
+        objective; `masks`, whether it exceeds the masking gap; and `choice`, what is wrong with its
+        best epoch, or "".
     """
     checkpoint = str(ledger.best_checkpoint_path(trial)) if trial.best else None
+    objective = ledger.space.objectives[0]
     return trial.to_stored_dict() | {
         "state": trial.describe_state(is_interrupted),
         "seeds": len(trial.trainings),
+        "score": trial.score(objective) if objective in trial.best else None,
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
         "choice": ledger.describe_choice(trial),

@@ -398,7 +398,7 @@ def _load_trial(name: str, found: FoundRun, ledger: Ledger) -> ComparedRun:
         label=f"{config.method.name}, {trial.title}{seeds}",
         path=ledger.run_path(trial),
         config=config,
-        metrics={**trial.best, objective: trial.score(objective)},
+        metrics={**trial.best, objective: trial.best_epoch_value(objective)},
         n_choices=n_choices,
         verdicts=verdicts,
         scores=scores,

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -233,9 +234,12 @@ class SweepDisplay:
         scored = [trial for trial in trials if objective in trial.best and trial.state != "failed"]
         if scored:
             best = min(scored, key=self._ledger.rank_trial)
+            epoch = f"in epoch {int(best.best['epoch'])}"
+            if space.score_name == "score":
+                epoch = f"from {space.score_epochs} epochs"
             lines += [
-                f"best so far: {best.title}, {objective.replace('_', ' ')} "
-                f"{best.score(objective):.3f} in epoch {int(best.best['epoch'])}",
+                f"best so far: {best.title}, {space.score_name.replace('_', ' ')} "
+                f"{best.score(objective):.3f} {epoch}",
                 f"  {format_params(best, param_labels(list(space.space)))}",
             ]
         counts = count_epochs([*trials, *base_runs, *repeats])
@@ -283,7 +287,8 @@ def training_progress_bar(
 class TrialTable:
     """Table with one row for each trial: settings, state, epoch and accuracies.
 
-    Base runs and repeats have rows, too.
+    Base runs and repeats have rows, too. Where the score of a trial is not its best epoch's
+    objective, it has a column.
 
     Accuracies are those of the best epoch, `best@3 of 4`: the third of four that have ended. A
     trial without a value of the objective has its last epoch, `4`. If trials have burn-ins,
@@ -325,6 +330,7 @@ class TrialTable:
         self._has_burn_in = any(trial.best_in_burn_in for trial in trials)
         self._has_finalists = any(trial.robust_under_autoattack is not None for trial in trials)
         self._has_repeats = any(trial.repeats for trial in trials)
+        self._has_score = any(trial.averages for trial in trials)
         self._labels = param_labels(list(ledger.space.space))
         self._spread = spread
         self.caption = caption
@@ -359,6 +365,8 @@ class TrialTable:
         for path in paths:
             table.add_column(self._labels[path], justify="right")
         metric_titles = ["epoch", *(name.replace("_", " ") for name in metrics)]
+        if self._has_score:
+            metric_titles.insert(0, "score")
         if self._has_burn_in:
             metric_titles.append("before weights act")
         if self._has_repeats:
@@ -412,6 +420,9 @@ class TrialTable:
             metrics = trial.best
             epoch = f"best@{int(metrics['epoch'])} of {trial.epoch}"
         cells = [epoch, *(format_metric(metrics.get(name)) for name in names)]
+        if self._has_score:
+            own = replace(trial, repeats=()).averages.get(self._objective)
+            cells.insert(0, format_metric(own))
         if self._has_burn_in:
             cells.append(format_metric(trial.best_in_burn_in.get(self._objective)))
         if self._has_repeats:

@@ -498,7 +498,7 @@ def without_later_settings(space: SearchSpace) -> SearchSpace:
     """Leave out what a new sweep has beside its file: its finalists, runs of the base
     method, and its defaults.
     """
-    return space.replace(dataset_defaults=None, finalists=None, base_runs=None)
+    return space.replace(dataset_defaults=None, finalists=None, base_runs=None, score_epochs=None)
 
 
 @pytest.mark.usefixtures("in_yaml")

@@ -91,6 +91,14 @@ def test_optuna_is_told_the_value_and_the_gap_of_the_best_epoch(begin_search: Be
     assert trial.constraints == {"masking_gap": -0.0625}, "0.0625 of the best epoch, less 0.125"
 
 
+def test_optuna_is_told_the_best_mean_over_the_epochs_of_a_score(begin_search: Begin) -> None:
+    search = begin_search(score_epochs=2, max_masking_gap=0.125)
+    trial = run(search, "a", row(1, 0.25), row(2, 0.75, gap=0.25), row(3, 0.5), row(4, 0.5))
+    assert trial.value == 0.625 and trial.constraints == {"masking_gap": 0.125}, "of epoch 2"
+    # The mean of one epoch that is not followed by another yet.
+    assert run(search, "b", row(1, 0.25)).value == 0.25
+
+
 def test_a_last_report_that_comes_with_the_end_may_be_the_best(begin_search: Begin) -> None:
     """Tune passes the last report of a trial to `on_trial_complete` only."""
     search = begin_search(max_masking_gap=0.125)

@@ -73,7 +73,7 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
     else:
         best = ranked[:_MAX_TRIALS_PRINTED]
         n_finalists = len(ledger.find_attacked_finalists())
-        order = f"{names[0]} on the validation split"
+        order = f"{ledger.space.describe_score()} on the validation split"
         if n_finalists:
             order = f"AutoAttack (the first {n_finalists}), then by {order}"
         print(f"\nbest {len(best)} of {n_trials} trials by {order}")

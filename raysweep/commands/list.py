@@ -137,15 +137,15 @@ def _summarize_run(found: FoundRun) -> dict[str, str | None]:
             return {**row, "state": run.state, "method": None, "done": "0 epochs", "best": None}
         method, objective = run.config.method.name, str(run.config.validation.objective)
         state, done = run.state, f"{run.n_epochs} of {run.config.epochs} epochs"
-        score = run.best.get(objective)
+        score, name = run.best.get(objective), objective
     else:
         ledger = found.ledger
         method, objective = ledger.space.trial_config({}).method.name, ledger.space.objectives[0]
         state = find_sweep_state(ledger)
         done = f"{ledger.count_ended_trials()} of {ledger.space.n_trials} trials"
         best_trial = ledger.find_best_trial()
-        score = best_trial.score(objective) if best_trial else None
-    best = None if score is None else f"{objective} {score:.3f}"
+        score, name = best_trial.score(objective) if best_trial else None, ledger.space.score_name
+    best = None if score is None else f"{name} {score:.3f}"
     return {**row, "state": state, "method": method, "done": done, "best": best}
 
 

@@ -413,6 +413,8 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     is_interrupted = ledger.is_interrupted()
     state = ", interrupted" if is_interrupted else running
     print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{state}")
+    if ledger.space.score_name == "score":
+        print(f"ranked by their {ledger.space.describe_score().rstrip(',')}")
     if is_interrupted:
         flags = format_location_flags(request.out, request.storage)
         print(f"resume with\n  raysweep tune --resume {ledger.name}{flags}")
@@ -475,6 +477,8 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     for name, metric in trial.best.items():
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
+    for objective, average in trial.averages.items():
+        print(f"{ledger.space.describe_score()}\n  {objective} = {average:.4f}")
     if trial.repeats:
         objective = ledger.space.objectives[0]
         scores = ", ".join(f"{score:.4f}" for score in list_seed_scores(trial, objective))

@@ -640,13 +640,13 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
 
 def _list_kept_settings(space: SearchSpace, request: TuneRequest) -> dict[str, Any]:
     """Return the settings of a resumed sweep itself that neither its space file nor `--set` has."""
-    from raysweep.sweep.extension_checks import CHANGEABLE_SWEEP_SETTINGS
+    from raysweep.sweep.extension_checks import KEPT_SWEEP_SETTINGS
 
     assert request.space_file is not None
     own_keys = {key for section in _read_sections(request.space_file) for key in section}
     return {
         name: getattr(space, name)
-        for name in CHANGEABLE_SWEEP_SETTINGS
+        for name in KEPT_SWEEP_SETTINGS
         if name not in own_keys and name not in request.overrides
     }
 

@@ -47,6 +47,7 @@ class Candidate(Spec):
             "is_below_finalists",
             "n_seeds",
             "mean_score",
+            "average",
         }
     )
 
@@ -89,8 +90,19 @@ class Candidate(Spec):
     """Number of seeds with which the sweep trained the settings of the trial."""
     mean_score: float | None = None
     """The sweep's objective as the mean over these seeds; null for one seed."""
+    average: float | None = None
+    """Best mean of the objective over consecutive epochs of the trial, by which the sweep ranks it,
+    as the mean over the seeds; null if the sweep ranks by the best epoch alone."""
 
     def score(self, metric: str) -> float:
+        """Return what the trial was ranked by in its sweep, for its objective; else the validation
+        metric, as from `checkpoint_value`.
+        """
+        if self.average is not None and metric == self.objectives[0]:
+            return self.average
+        return self.checkpoint_value(metric)
+
+    def checkpoint_value(self, metric: str) -> float:
         """Return a validation metric, as the mean over the seeds if the sweep repeated the trial;
         -inf if the checkpoint does not have it.
         """
@@ -313,13 +325,17 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
     candidates are of sweeps without finalists, all are compared by the objective; the trials of one
     sweep with finalists then keep the order of their sweep among each other. So do those of a sweep
-    that repeated its best trials.
+    that repeated its best trials, and those of a sweep whose scores are means over epochs beside
+    checkpoints that have no such score: these are compared with the checkpoints of its trials.
 
     Args:
         candidates: Candidates of any stages.
     """
     metric = select_ranking_metrics(candidates)[0]
-    ranked = sorted(candidates, key=_make_rank_key(candidates, metric, Candidate.score))
+    averaged = {_sweep_folder(c) for c in candidates if c.average is not None}
+    are_all_averaged = all(c.average is not None for c in candidates)
+    get_score = Candidate.score if are_all_averaged else Candidate.checkpoint_value
+    ranked = sorted(candidates, key=_make_rank_key(candidates, metric, get_score))
     rank_finally = _make_rank_key(candidates, metric, Candidate.final_score)
     attacked = {_sweep_folder(c) for c in candidates if c.has_attacked_finalists}
     placed = {_sweep_folder(c) for c in candidates if c.n_seeds > 1}
@@ -327,6 +343,8 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
         ranked = sorted(ranked, key=rank_finally)
     else:
         placed |= attacked
+    if not are_all_averaged:
+        placed |= averaged
     members: dict[str, list[Candidate]] = {folder: [] for folder in placed}
     for candidate in ranked:
         if _sweep_folder(candidate) in placed:

@@ -164,7 +164,9 @@ class PromoteStage(Stage):
         selected = self.select_candidates(upstream.candidates)
         metric = select_ranking_metrics(selected)[0]
         for candidate in selected:
-            score = f"{metric} {candidate.score(metric):.3f} on validation"
+            score = f"{metric} {candidate.checkpoint_value(metric):.3f} on validation"
+            if candidate.average is not None:
+                score += f", score {candidate.average:.3f}"
             if candidate.autoattack is not None:
                 score += f", {candidate.autoattack:.3f} under AutoAttack"
             context.print_line(f"promoted {candidate.title}: {score}")

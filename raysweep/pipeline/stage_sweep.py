@@ -19,7 +19,12 @@ from raysweep.stores import StorePath
 from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, delete_if_refused
-from raysweep.sweep.search_space import DEFAULT_BASE_RUNS, DEFAULT_FINALISTS, SearchSpace
+from raysweep.sweep.search_space import (
+    DEFAULT_BASE_RUNS,
+    DEFAULT_FINALISTS,
+    DEFAULT_SCORE_EPOCHS,
+    SearchSpace,
+)
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import WarmStart, collect_warm_start, save_warm_start
 from raysweep.terminal import SweepDisplay
@@ -81,14 +86,18 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
         space: The search space.
 
     Returns:
-        The space without the default number of finalists and of base runs; with a
-        digest of the data set's defaults, if these are other ones than in 0.1.
+        The space without the default number of finalists, of base runs and of epochs of a score;
+        with a digest of the data set's defaults, if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
     content = _with_former_objective(space).replace(base=base).to_stored_dict()
-    # A stage that ended before there were finalists or base runs stays valid.
-    for name, default in (("finalists", DEFAULT_FINALISTS), ("base_runs", DEFAULT_BASE_RUNS)):
+    # A stage that ended before there were these settings stays valid.
+    for name, default in (
+        ("finalists", DEFAULT_FINALISTS),
+        ("base_runs", DEFAULT_BASE_RUNS),
+        ("score_epochs", DEFAULT_SCORE_EPOCHS),
+    ):
         if content.get(name) == default:
             del content[name]
     dataset_name = str(space.base.get("data.name", DataSpec().name))
@@ -267,6 +276,7 @@ def make_candidate(
         rule = SelectionRule.from_config(saved.config)
     rank = rank_epoch(saved.last_metrics, rule)
     is_finalist = checkpoint_kind == "best" and trial.number in finalists
+    objective = ledger.space.objectives[0]
     # The last epoch need not lie in `validation.window`.
     is_sound = rank.is_after_burn_in and rank.is_above_chance
     return Candidate(
@@ -287,7 +297,8 @@ def make_candidate(
         autoattack=trial.robust_under_autoattack if is_finalist else None,
         is_below_finalists=checkpoint_kind == "best" and bool(finalists) and not is_finalist,
         n_seeds=len(trial.trainings),
-        mean_score=trial.score(ledger.space.objectives[0]) if trial.repeats else None,
+        mean_score=trial.best_epoch_value(objective) if trial.repeats else None,
+        average=trial.score(objective) if checkpoint_kind == "best" and trial.averages else None,
     )
 
 

@@ -106,7 +106,7 @@ class TuneStage(Stage):
             of_sweep, changes = split_sweep_settings(changes)
             space = space.with_overrides(changes).with_sweep_settings(of_sweep)
             space = space.with_dataset_defaults().with_default_finalists()
-            space = space.with_default_base_runs()
+            space = space.with_default_base_runs().with_default_score_epochs()
             if problems := space.find_problems():
                 raise SpecError(problems)
         elif self.space.endswith((".yaml", ".yml")):

@@ -8,7 +8,9 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.search_space import Params
 from raysweep.sweep.trial import Trial
+from raysweep.training.selection import SelectionRule, average_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,8 @@ class AshaScheduler(FIFOScheduler):
 
     Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
     1 / reduction_factor of the trials continue. A trial's rungs within its own burn-in are ignored,
-    because its weights have no effect there.
+    because its weights have no effect there. Trials are compared by their mean objective over the
+    last `SearchSpace.score_epochs` epochs after their burn-ins.
 
     Args:
         ledger: The sweep. Epochs that its trials reported before are recorded first.
@@ -32,39 +35,48 @@ class AshaScheduler(FIFOScheduler):
             rung: [] for rung in self._space.scheduler.rungs(max_epochs)
         }
         self._recorded_rungs: set[tuple[int, int]] = set()
+        # By number of the trial: epoch -> objective.
+        self._curves: dict[int, dict[int, float]] = {}
         for trial in ledger.load_trials():
-            burn_in = self._space.trial_config(trial.params).burn_in
             for epoch, value in trial.curve:
-                self._record_rung(int(epoch), trial.number, burn_in, value)
+                self._record_epoch(int(epoch), trial.number, trial.params, value)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
         if Trial.from_tune_config(trial.config).kind != "trial":
             return str(TrialScheduler.CONTINUE)
-        value = result.get(self._space.objectives[0])
-        epoch = result.get("epoch")
-        # Building the config is slow, and only needed at rungs.
-        if value is None or epoch not in self._rung_values:
+        objective = result.get(self._space.objectives[0])
+        epoch, number = result.get("epoch"), trial.config["number"]
+        if objective is None or epoch is None:
             return str(TrialScheduler.CONTINUE)
-        burn_in = self._space.trial_config(trial.config["params"]).burn_in
-        is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
-        if is_new and not self._is_promotable(epoch, value):
-            self._log_stop(trial.config["number"], epoch, value)
+        value = self._record_epoch(epoch, number, trial.config["params"], objective)
+        if value is not None and not self._is_promotable(epoch, value):
+            self._log_stop(number, epoch, value)
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 
-    def _record_rung(self, epoch: int, trial_number: int, burn_in: int, value: float) -> bool:
-        """Record the value if `epoch` is a rung that the trial reaches for the first time.
+    def _record_epoch(
+        self, epoch: int, trial_number: int, params: Params, objective: float
+    ) -> float | None:
+        """Record an epoch of a trial.
 
-        Returns whether it was recorded.
+        Returns the value by which the trial is compared if `epoch` is a rung that it reaches for
+        the first time; else None.
         """
-        if epoch <= burn_in or epoch not in self._rung_values:
-            return False
-        if (epoch, trial_number) in self._recorded_rungs:
-            return False
+        curve = self._curves.setdefault(trial_number, {})
+        curve[epoch] = objective
+        # Building the config is slow, and only needed at rungs.
+        if epoch not in self._rung_values or (epoch, trial_number) in self._recorded_rungs:
+            return None
+        burn_in = self._space.trial_config(params).burn_in
+        if epoch <= burn_in:
+            return None
+        rule = SelectionRule("", burn_in, score_epochs=self._space.score_epochs or 1)
+        reached = [pair for pair in sorted(curve.items()) if pair[0] <= epoch]
+        value = average_epochs(reached, rule)[-1]
         self._recorded_rungs.add((epoch, trial_number))
         insort(self._rung_values[epoch], value)
-        return True
+        return value
 
     def _is_promotable(self, epoch: int, value: float) -> bool:
         """Check whether `value` is among the best 1 / reduction_factor of the rung's values."""
@@ -79,13 +91,13 @@ class AshaScheduler(FIFOScheduler):
     def _log_stop(self, trial_number: int, epoch: int, value: float) -> None:
         """Log the numbers for which a trial is stopped."""
         cut, n_promoted = self._find_cut(epoch)
-        n_values, objective = len(self._rung_values[epoch]), self._space.objectives[0]
+        n_values, name = len(self._rung_values[epoch]), self._space.score_name
         logger.info(
             "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
             "%d of %d trials that were there past their burn-ins",
             trial_number,
             epoch,
-            objective,
+            name,
             value,
             cut,
             n_promoted,

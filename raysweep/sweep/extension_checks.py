@@ -14,6 +14,8 @@ CHANGEABLE_SWEEP_SETTINGS = (
     *("share_prefixes", "prefix_gib", "disk_reserve_gib"),
 )
 """Settings of a sweep itself that do not change what a trial is."""
+KEPT_SWEEP_SETTINGS = (*CHANGEABLE_SWEEP_SETTINGS, "score_epochs")
+"""Settings of a sweep itself that a resumed sweep keeps where the file of its space has none."""
 # The same, and keys that are checked one by one.
 _EXTENDABLE_KEYS = {
     *CHANGEABLE_SWEEP_SETTINGS,

@@ -34,7 +34,7 @@ class FinalistSummary:
     def overestimates(self) -> list[float]:
         """Objective minus accuracy under AutoAttack, for each of `by_objective`."""
         return [
-            trial.score(self.objective) - trial.final_score(self.objective)
+            trial.best_epoch_value(self.objective) - trial.final_score(self.objective)
             for trial in self.by_objective
         ]
 
@@ -56,7 +56,7 @@ class FinalistSummary:
             "trials": [
                 {
                     "trial": trial.number,
-                    "objective": trial.score(self.objective),
+                    "objective": trial.best_epoch_value(self.objective),
                     "robust": trial.final_score(self.objective),
                 }
                 for trial in self.by_autoattack
@@ -104,7 +104,7 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     name = summary.objective.replace("_", " ")
     results = ", ".join(
         f"trial {trial.number:04d} {trial.final_score(summary.objective):.3f} "
-        f"({name} {trial.score(summary.objective):.3f})"
+        f"({name} {trial.best_epoch_value(summary.objective):.3f})"
         for trial in summary.by_autoattack
     )
     lines = [f"AutoAttack on {summary.n_examples} validation images: {results}"]

@@ -555,7 +555,7 @@ class Ledger:
     def find_rule(self, trial: Trial) -> SelectionRule:
         """Return which epochs of a trial or of a base run can be its best."""
         if trial.kind == "base run":
-            return SelectionRule.from_config(self.find_config(trial))
+            return self.space.find_run_rule(self.find_config(trial))
         return self.space.find_selection_rule(trial.params)
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:
@@ -580,7 +580,7 @@ class Ledger:
             ranked = [trial for trial in self.rank_trials() if trial.number in numbers]
             return _find_front(ranked, metrics, Trial.final_score)
         ranked = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
-        return _find_front(ranked, metrics, Trial.score)
+        return _find_front(ranked, metrics, Trial.best_epoch_value)
 
     def best_checkpoint_path(self, trial: Trial) -> StorePath:
         """Return the path of the checkpoint of the trial's best epoch."""

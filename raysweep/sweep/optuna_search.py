@@ -12,12 +12,11 @@ from raysweep.sweep.search_space import Params
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import load_warm_start
 from raysweep.training.failure_reports import FAILURE_KEY
-from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import SelectionRule, rank_epoch
+from raysweep.training.selection import SelectionRule
 
 
 class LedgerSearcher(Searcher):
-    """Ask Optuna for params, and tell it the best objectives of each trial.
+    """Ask Optuna for params, and tell it the scores of each trial.
 
     Results of earlier sweeps and ended trials of the ledger are added to the study first. Trials
     that have not ended are suggested before any new one, under their own numbers, so that they
@@ -38,7 +37,8 @@ class LedgerSearcher(Searcher):
             sampler=space.sampler.build_sampler(len(past_trials)),
         )
         self._pending_trials: dict[str, optuna.Trial] = {}
-        self._best_metrics: dict[str, EpochMetrics] = {}
+        # By Tune's id, like the pending trials: what they have reported.
+        self._reported_trials: dict[str, Trial] = {}
         self._rules: dict[str, SelectionRule] = {}
         self._n_complete = 0
         self._tried_digests = {json_digest(trial.params) for trial in past_trials}
@@ -70,40 +70,41 @@ class LedgerSearcher(Searcher):
         """
         if self._unfinished_trials:
             trial, self._pending_trials[trial_id] = self._unfinished_trials.pop(0)
-            self._rules[trial_id] = self._ledger.space.find_selection_rule(trial.params)
-            self.on_trial_result(trial_id, trial.best)
-            return {"number": trial.number, "params": trial.params}
-        if not self._free_numbers:
+        elif self._free_numbers:
+            self._pending_trials[trial_id], params = self._ask_new_params()
+            trial = Trial(self._free_numbers.pop(0), params)
+        else:
             return Searcher.FINISHED  # type: ignore[no-any-return]
-        self._pending_trials[trial_id], params = self._ask_new_params()
-        self._rules[trial_id] = self._ledger.space.find_selection_rule(params)
-        return {"number": self._free_numbers.pop(0), "params": params}
+        rule = self._ledger.space.find_selection_rule(trial.params)
+        self._rules[trial_id] = rule
+        self._reported_trials[trial_id] = trial.with_rule(rule)
+        return {"number": trial.number, "params": trial.params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep the metrics of the trial's best epoch, if there is one that counts."""
-        rule, best = self._rules[trial_id], self._best_metrics.get(trial_id)
-        rank = rank_epoch(result, rule)
-        if rank.is_eligible and (best is None or rank > rank_epoch(best, rule)):
-            self._best_metrics[trial_id] = {
+        """Add an epoch to what the trial has reported."""
+        if "epoch" in result:
+            metrics = {
                 name: float(value)
                 for name, value in result.items()
                 if isinstance(value, float) or name == "epoch"
             }
+            trial = self._reported_trials[trial_id]
+            self._reported_trials[trial_id] = trial.with_epoch(metrics, self._rules[trial_id])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell Optuna how the trial ended."""
         self.on_trial_result(trial_id, result or {})
-        best = self._best_metrics.get(trial_id)
-        has_failed = error or FAILURE_KEY in (result or {}) or best is None
-        trial = self._pending_trials.pop(trial_id)
-        if has_failed or best is None:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        reported, rule = self._reported_trials.pop(trial_id), self._rules.pop(trial_id)
+        has_result = reported.rank_best_epoch(rule).is_eligible
+        pending = self._pending_trials.pop(trial_id)
+        if error or FAILURE_KEY in (result or {}) or not has_result:
+            self._study.tell(pending, state=optuna.trial.TrialState.FAIL)
         else:
-            for name, value in constraint_values(self._ledger.space, best).items():
-                trial.set_constraint(name, value)
-            self._study.tell(trial, [best[name] for name in self._ledger.space.objectives])
+            for name, value in constraint_values(self._ledger.space, reported.best).items():
+                pending.set_constraint(name, value)
+            self._study.tell(pending, [reported.score(n) for n in self._ledger.space.objectives])
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the ledger is the source of truth."""

@@ -44,7 +44,7 @@ class RepeatSummary:
 
 
 def list_seed_scores(trial: Trial, metric: str) -> list[float]:
-    """Return a metric of the best epoch of each training of a trial, its own first."""
+    """Return the score of each training of a trial by a metric, its own first."""
     return [replace(run, repeats=()).score(metric) for run in trial.trainings]
 
 
@@ -84,7 +84,7 @@ def describe_repeats(ledger: Ledger) -> list[str]:
     summary = summarize_repeats(ledger)
     if summary is None:
         return lines
-    name = summary.objective.replace("_", " ")
+    name = ledger.space.score_name.replace("_", " ")
     means = []
     for trial in summary.trials:
         scores = ", ".join(f"{score:.3f}" for score in list_seed_scores(trial, summary.objective))

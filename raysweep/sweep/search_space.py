@@ -52,6 +52,8 @@ DEFAULT_FINALISTS = 3
 """Number of finalists of a new sweep."""
 DEFAULT_BASE_RUNS = 2
 """Number of base runs in a new sweep of a reweighting method."""
+DEFAULT_SCORE_EPOCHS = 2
+"""Number of epochs that the score of a trial averages in a new sweep with one metric."""
 _KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
@@ -290,7 +292,10 @@ class SearchSpace(Spec):
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until", "repeat"}
+        {
+            *("dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until", "repeat"),
+            "score_epochs",
+        }
     )
 
     method: str | dict[str, Any]
@@ -300,6 +305,13 @@ class SearchSpace(Spec):
     )
     """Validation metric to maximise, or a list of several for a Pareto front. The first decides
     which epoch of a trial is its best."""
+    score_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Number of epochs that the score of a trial averages. Trials are ranked by their scores, and
+    the sampler and ASHA compare these: the best mean of the metric over so many consecutive
+    validated epochs after the burn-in, or over all while there are fewer. The best epoch alone is
+    partly best by luck. It remains the checkpoint of its trial. 1: the score is the metric of the
+    best epoch. null: 2 in a new sweep with one metric; 1 with several, and in a sweep of an earlier
+    version."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
@@ -374,6 +386,26 @@ class SearchSpace(Spec):
         if self.base_runs is not None or self._find_base_config() is None:
             return self
         return self.replace(base_runs=DEFAULT_BASE_RUNS)
+
+    def with_default_score_epochs(self) -> "SearchSpace":
+        """Return this space for a new sweep, with a number of epochs that a score averages."""
+        if self.score_epochs is not None or len(self.objectives) > 1:
+            return self
+        return self.replace(score_epochs=DEFAULT_SCORE_EPOCHS)
+
+    @property
+    def score_name(self) -> str:
+        """What trials are ranked by: the objective of their best epoch, or `score` if it is a mean
+        over several epochs.
+        """
+        return self.objectives[0] if (self.score_epochs or 1) == 1 else "score"
+
+    def describe_score(self) -> str:
+        """Describe what trials are ranked by, in words."""
+        objective = self.objectives[0].replace("_", " ")
+        if self.score_name != "score":
+            return objective
+        return f"score, their best mean {objective} over {self.score_epochs} consecutive epochs,"
 
     @property
     def leaders_by_round(self) -> list[int]:
@@ -548,9 +580,18 @@ class SearchSpace(Spec):
                 when it starts.
         """
         try:
-            return SelectionRule.from_config(self.trial_config(params))
+            return self.find_run_rule(self.trial_config(params))
         except SpecError:
-            return SelectionRule(self.objectives[0])
+            return SelectionRule(self.objectives[0], score_epochs=self.score_epochs or 1)
+
+    def find_run_rule(self, config: TrainingConfig) -> SelectionRule:
+        """Return which epochs of a run of the sweep can be its best, and what its score is.
+
+        Args:
+            config: Training config of a trial, base run or repeat.
+        """
+        rule = SelectionRule.from_config(config)
+        return rule._replace(score_epochs=self.score_epochs or 1)
 
     def with_absolute_paths(self) -> "SearchSpace":
         """Return this space with absolute paths of the data, because trials run elsewhere."""
@@ -715,6 +756,7 @@ class SearchSpace(Spec):
             *self.find_base_run_problems(),
             *self.find_until_problems(),
             *self.find_repeat_problems(),
+            *self.find_score_problems(),
             *self._find_scheduler_problems(config),
             *self._find_distribution_problems(config.validation.threat),
             *self._find_point_problems(config.validation.threat),
@@ -753,6 +795,14 @@ class SearchSpace(Spec):
             yield (
                 f"until = {self.until!r}: with several metrics there is no best trial to tell from "
                 "the others; set it to null, or give one metric"
+            )
+
+    def find_score_problems(self) -> Iterator[str]:
+        """Yield a line if the score is a mean over epochs in a sweep with several metrics."""
+        if len(self.objectives) > 1 and (self.score_epochs or 1) > 1:
+            yield (
+                f"score_epochs = {self.score_epochs}: with several metrics, each point of the "
+                "Pareto front is one epoch; set it to 1, or give one metric"
             )
 
     def find_repeat_problems(self) -> Iterator[str]:
@@ -939,7 +989,7 @@ def load_space(
         if is_user_file and name and method_name != name:
             raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
         space = space.with_overrides(overrides).with_sweep_settings(sweep_settings)
-        space = space.with_default_finalists()
+        space = space.with_default_finalists().with_default_score_epochs()
         try:
             space = space.with_dataset_defaults().with_default_base_runs()
             problems = space.find_problems()
@@ -1016,6 +1066,7 @@ _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
         *("base_runs", "until", "repeat", "disk_reserve_gib", "sampler", "scheduler"),
+        "score_epochs",
     }
 )
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}

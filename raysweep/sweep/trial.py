@@ -22,7 +22,7 @@ from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params
 from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import EpochRank, SelectionRule, rank_epoch
+from raysweep.training.selection import EpochRank, SelectionRule, average_epochs, rank_epoch
 from raysweep.training.validation import is_robust_objective
 
 RunKind = Literal["trial", "base run", "repeat"]
@@ -66,6 +66,9 @@ class Trial:
             has ended; else None.
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
+        averages: The score by the name of the objective: its best mean over
+            `SearchSpace.score_epochs` consecutive epochs. Empty if the objective of the best epoch
+            is the score, and before the first epoch that counts.
         kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
@@ -87,6 +90,7 @@ class Trial:
     is_infrastructure_failure: bool = False
     finalist: FinalistResult | None = None
     verdicts: ExampleVerdicts | None = None
+    averages: EpochMetrics = field(default_factory=dict)
     kind: RunKind = "trial"
     repeats: "tuple[Trial, ...]" = ()
 
@@ -146,6 +150,8 @@ class Trial:
         values = asdict(replace(self, repeats=()))
         if not self.is_infrastructure_failure:
             del values["is_infrastructure_failure"]
+        if not self.averages:
+            del values["averages"]
         if self.finalist is None:
             del values["finalist"]
         else:
@@ -168,6 +174,21 @@ class Trial:
         return replace(self, state="running", reason="", is_infrastructure_failure=False)
 
     def score(self, metric: str) -> float:
+        """Return what the trial is ranked by: for the objective its best mean over some consecutive
+        epochs (`averages`), where the sweep has them; otherwise the metric of the best epoch.
+
+        Args:
+            metric: Name of an objective or of another metric.
+
+        Returns:
+            The value, or its mean over the seeds if there are several; -inf if it has not been
+            measured.
+        """
+        if metric not in self.averages:
+            return self.best_epoch_value(metric)
+        return fmean(training.averages.get(metric, float("-inf")) for training in self.trainings)
+
+    def best_epoch_value(self, metric: str) -> float:
         """Return a metric of the best epoch, or its mean over the seeds if there are several; -inf
         if it has not been measured.
         """
@@ -236,7 +257,7 @@ class Trial:
         if value is not None:
             curve = [*curve, [epoch, value]]
         updated = self._with_candidate(epoch_metrics, rule)
-        return replace(
+        updated = replace(
             updated,
             epoch=epoch,
             latest=epoch_metrics,
@@ -244,6 +265,14 @@ class Trial:
             trained_epochs=self.trained_epochs + ("shared" not in epoch_metrics),
             reason="",
         )
+        return updated.with_score(rule)
+
+    def with_score(self, rule: SelectionRule) -> "Trial":
+        """Return this trial and its repeats with the score that a rule gives them."""
+        means = average_epochs(self.curve, rule) if rule.score_epochs > 1 else []
+        averages = {rule.objective: max(means)} if means else {}
+        repeats = tuple(run.with_score(rule) for run in self.repeats)
+        return replace(self, averages=averages, repeats=repeats)
 
     def with_rule(self, rule: SelectionRule) -> "Trial":
         """Return this trial with its burn-in, for a trial that will report more epochs.
@@ -288,6 +317,7 @@ class Trial:
 # Fields of a trial that trial.json of earlier versions lacks.
 _LATER_FIELDS = {
     *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
+    "averages",
 }
 _CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
 _TRIAL_TYPES: dict[str, Any] = {
@@ -296,6 +326,7 @@ _TRIAL_TYPES: dict[str, Any] = {
     **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
     **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
     **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
+    "averages": Metrics,
 }
 
 _FINALIST_TYPES: dict[str, Any] = {

@@ -276,7 +276,8 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
     best = ""
     if ranked:
         objective = ledger.space.objectives[0]
-        best = f"; best: trial {ranked[0].number:04d}, {objective} {ranked[0].score(objective):.4f}"
+        score = f"{ledger.space.score_name} {ranked[0].score(objective):.4f}"
+        best = f"; best: trial {ranked[0].number:04d}, {score}"
         if ranked[0].robust_under_autoattack is not None:
             best += f", under AutoAttack {ranked[0].robust_under_autoattack:.4f}"
     unreported = ""

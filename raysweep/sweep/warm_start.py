@@ -33,7 +33,7 @@ class EarlierResult:
         sweep: Name of the earlier sweep.
         number: Number of the trial.
         params: Values of the new sweep's searched settings by dotted path.
-        best: Metrics of the trial's best epoch.
+        best: Metrics of the trial's best epoch, with its scores in place of the objectives.
     """
 
     sweep: str
@@ -151,7 +151,7 @@ def collect_warm_start(
         if comparable and ledger.find_data_fingerprint() != fingerprint:
             comparable = []
         results += [
-            EarlierResult(ledger.name, trial.number, params, _average_best(space, trial))
+            EarlierResult(ledger.name, trial.number, params, _score_in(space, params, trial))
             for trial, params in comparable
             # What an interrupted trial would have come to is not known.
             if trial.state != "running"
@@ -160,9 +160,12 @@ def collect_warm_start(
     return WarmStart(tuple(results), tuple(points))
 
 
-def _average_best(space: SearchSpace, trial: Trial) -> Metrics:
-    """Return the metrics of a trial's best epoch, with objectives averaged over its seeds."""
-    return {**trial.best, **{name: trial.score(name) for name in space.objectives}}
+def _score_in(space: SearchSpace, params: Params, trial: Trial) -> Metrics:
+    """Return the metrics of a trial's best epoch, with the scores that it has in this space in
+    place of its objectives.
+    """
+    rescored = trial.with_score(space.find_selection_rule(params))
+    return {**trial.best, **{name: rescored.score(name) for name in space.objectives}}
 
 
 def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:

@@ -193,7 +193,8 @@ class SweepTracker:
         best_trial = ledger.find_best_trial()
         if best_trial is not None:
             self._tracker.log_best(self._sweep_run_id, best_trial.best)
-            self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
+            final = {"trials": float(len(trials)), **_score_metrics(ledger, best_trial)}
+            self._tracker.log_final(self._sweep_run_id, final)
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
         self._log_finalists(ledger)
         self._log_repeats(ledger)
@@ -298,8 +299,8 @@ class SweepTracker:
             return lines
         lines.append(
             f"best: trial {best_trial.number:04d}, "
-            f"{_metric_title(objectives[0])} {best_trial.score(objectives[0]):.3f} "
-            f"{_describe_origin(best_trial)}: {self._summarize_params(best_trial)}"
+            f"{_metric_title(ledger.space.score_name)} {best_trial.score(objectives[0]):.3f} "
+            f"{_describe_origin(ledger, best_trial)}: {self._summarize_params(best_trial)}"
         )
         if len(objectives) > 1:
             titles = " and ".join(map(_metric_title, objectives))
@@ -378,6 +379,8 @@ class SweepTracker:
         """Log how a trial ended, with its best checkpoint, and end its run."""
         if trial.best:
             self._tracker.log_best(run_id, trial.best)
+            if score := _score_metrics(self._ledger, trial):
+                self._tracker.log_final(run_id, score)
         traceback_path = self._ledger.run_path(trial) / TRACEBACK_FILE
         if trial.state == "failed" and traceback_path.is_file():
             self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
@@ -439,10 +442,19 @@ def _format_trial_numbers(trials: list[Trial]) -> str:
     return ", ".join(f"{trial.number:04d}" for trial in trials)
 
 
-def _describe_origin(trial: Trial) -> str:
-    """Describe which training the score of a trial comes from."""
+def _score_metrics(ledger: Ledger, trial: Trial) -> dict[str, float]:
+    """Return the score of a trial as a metric; none if it is the objective of its best epoch."""
+    if not trial.averages:
+        return {}
+    return {"score": trial.score(ledger.space.objectives[0])}
+
+
+def _describe_origin(ledger: Ledger, trial: Trial) -> str:
+    """Describe which training, and which of its epochs, the score of a trial comes from."""
     if trial.repeats:
         return f"as the mean over {len(trial.trainings)} seeds"
+    if trial.averages:
+        return f"from {ledger.space.score_epochs} epochs"
     return f"in epoch {trial.best['epoch']:.0f}"
 
 

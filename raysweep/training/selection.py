@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from raysweep.training.config import TrainingConfig
@@ -23,12 +24,15 @@ class SelectionRule(NamedTuple):
         burn_in: Number of first epochs in which an instance weight is still 1.
         first_epoch: First eligible epoch, from 1 (`validation.window`).
         last_epoch: Last eligible epoch.
+        score_epochs: Number of consecutive eligible epochs whose mean objective is the run's score;
+            1 if its score is the objective of its best epoch.
     """
 
     objective: str
     burn_in: int = 0
     first_epoch: int = 1
     last_epoch: float = math.inf
+    score_epochs: int = 1
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> "SelectionRule":
@@ -77,8 +81,8 @@ class RunRank(NamedTuple):
             run is none of them.
         negated_seeds: Minus the number of seeds whose mean the score is. A repeated trial is
             above all others: the best scores of these are partly luck. 0 for a finalist.
-        negated_score: Minus the objective, or minus its mean over several seeds; for a finalist
-            minus the accuracy under AutoAttack.
+        negated_score: Minus the score, or minus its mean over several seeds; for a finalist minus
+            the accuracy under AutoAttack.
         negated_tie_break: Minus the metric that breaks ties (see `get_tie_break`).
     """
 
@@ -129,6 +133,29 @@ def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
         earlier version trained the epoch.
     """
     return metrics.get(TIE_BREAK_METRICS.get(objective, ""), -math.inf)
+
+
+def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> list[float]:
+    """Average the objective over each `score_epochs` consecutive eligible epochs of a run.
+
+    The best epoch of many is partly best by luck. Means are less so.
+
+    Args:
+        curve: Pairs (epoch, objective) of the epochs that measured it, in order.
+        rule: Rule of the run.
+
+    Returns:
+        The means, in the order of their last epochs. While there are fewer epochs than
+        `score_epochs`, the mean over all; [] without an epoch after the burn-in and in the window.
+    """
+    values = [
+        value
+        for epoch, value in curve
+        if epoch > rule.burn_in and rule.first_epoch <= epoch <= rule.last_epoch
+    ]
+    size = min(rule.score_epochs, len(values))
+    ends = range(size, len(values) + 1) if values else ()
+    return [fmean(values[end - size : end]) for end in ends]
 
 
 def find_best_epoch(

@@ -67,7 +67,7 @@ def plot_param_slices(ledger: Ledger) -> Figure:
     for axes in list(grid.flat)[len(space) :]:
         axes.set_axis_off()
     for row in grid:
-        row[0].set_ylabel(format_metric_name(metric), fontsize=9)
+        row[0].set_ylabel(format_metric_name(ledger.space.score_name), fontsize=9)
     return figure
 
 

@@ -1,6 +1,7 @@
 """Report sections about searches: best trials, importances and Pareto fronts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.facts import SweepFacts
@@ -48,12 +49,11 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
     """Build the content of a sweep's section."""
     ranked = ledger.rank_trials()
     best = ranked[:_MAX_TRIALS_SHOWN]
-    metric = figures.format_metric_name(ledger.space.objectives[0])
+    order = ledger.space.describe_score()
     others = [*ledger.load_base_runs(), *ledger.load_repeats()]
     parts: list[SectionPart] = [
         Paragraph(
-            f"The best {len(best)} of {len(ledger.load_trials())} trials, "
-            f"by {metric} on validation."
+            f"The best {len(best)} of {len(ledger.load_trials())} trials, by {order} on validation."
         ),
         _build_trial_table(ledger, [*best, *(run for run in others if run.best)]),
         *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_conclusions(ledger)],
@@ -82,10 +82,13 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     labels = param_labels(paths)
     has_finalists = any(trial.robust_under_autoattack is not None for trial in best_trials)
     has_repeats = any(trial.repeats for trial in best_trials)
+    has_score = any(trial.averages for trial in best_trials)
     spread = summarize_spread(ledger)
     rows = []
     for trial in best_trials:
         scores = [_format_score(trial, metric) for metric in metrics]
+        if has_score:
+            scores.insert(0, f"{100 * replace(trial, repeats=()).score(metrics[0]):.2f}")
         if has_repeats:
             mean, n_seeds = trial.score(metrics[0]), len(trial.trainings)
             scores.append(f"{100 * mean:.2f} ({n_seeds})" if trial.repeats else "")
@@ -94,14 +97,12 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
             scores.append("" if robust is None else f"{100 * robust:.2f}")
         if spread is not None:
             scores.append(spread.describe_mark(trial))
-        epoch = str(int(trial.best["epoch"]))
-        notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
-        if choice := ledger.describe_choice(trial):
-            notes.append(choice)
-        epoch = ", ".join([epoch, *notes])
         params = [format_param(trial.params.get(path)) for path in paths]
+        epoch = _describe_best_epoch(ledger, trial)
         rows.append([ledger.describe_row(trial), *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
+    if has_score:
+        metric_names.insert(0, "score")
     if has_repeats:
         metric_names.append("mean (seeds)")
     if has_finalists:
@@ -109,6 +110,14 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     if spread is not None:
         metric_names.append("like best")
     return Table(["trial", *metric_names, "best epoch", *(labels[p] for p in paths)], rows)
+
+
+def _describe_best_epoch(ledger: Ledger, trial: Trial) -> str:
+    """Describe the best epoch of a trial, how the trial ended and what speaks against it."""
+    notes = [trial.state] if trial.state in ("stopped", "failed") else []
+    if choice := ledger.describe_choice(trial):
+        notes.append(choice)
+    return ", ".join([str(int(trial.best["epoch"])), *notes])
 
 
 def _format_score(trial: Trial, metric: str) -> str:
@@ -148,7 +157,7 @@ def _build_pareto_figures(ledger: Ledger, ranked_trials: Sequence[Trial]) -> lis
         return []
     front = ledger.unmasked_pareto_front((first, *others))
     # With a single objective, AutoAttack decides which trial is the best, not the front.
-    get_score = Trial.final_score if len(objectives) > 1 else Trial.score
+    get_score = Trial.final_score if len(objectives) > 1 else Trial.best_epoch_value
     pictures: list[SectionPart] = []
     for other in others:
         names = f"{figures.format_metric_name(other)} and {figures.format_metric_name(first)}"

@@ -245,7 +245,7 @@ def _format_accuracy_row(
         f"{checkpoint_kind} ({_format_range([c.epoch for c in candidates])})",
         attack,
         str(robust.n_seeds),
-        f"{100 * median(c.score(metric) for c in candidates):.2f}",
+        f"{100 * median(c.checkpoint_value(metric) for c in candidates):.2f}",
         _format_measured_accuracy(clean),
         _format_measured_accuracy(robust),
         _format_interval(robust),
@@ -321,7 +321,7 @@ def build_objective_sections(evaluations: Sequence[EvaluationResult]) -> list[Se
     if len(group_by_threat(standard)) > 1:
         text = "Not computed: the checkpoints were attacked under different threat models."
         return [Section("Does the objective rank as AutoAttack does?", [Paragraph(text)])]
-    scores = [e.candidate.score(metric) for e in standard]
+    scores = [e.candidate.checkpoint_value(metric) for e in standard]
     tau = kendall_tau(scores, [e.robust for e in standard])
     result = "unknown, because one of them is constant" if tau is None else f"{tau:+.2f}"
     parts: list[SectionPart] = [

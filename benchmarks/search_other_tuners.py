@@ -1,15 +1,16 @@
 """Replay other tuners on the recorded curves, with the concurrency and the costs of ours.
 
-    python -m venv anchors && anchors/bin/pip install syne-tune smac -c constraints.txt -e .
-    anchors/bin/python benchmarks/search_anchors.py --out FOLDER --anchors smac random_optuna
-    python benchmarks/search_quality.py --work FOLDER     # the tables and the figure, with these
+    python -m venv tuners && tuners/bin/pip install syne-tune smac -c constraints.txt -e .
+    tuners/bin/python benchmarks/search_other_tuners.py --work FOLDER --tuners SMAC "Syne Tune BOHB"
+    python benchmarks/search_quality.py report --work FOLDER     # tables and figure, with these
 
 Syne Tune, SMAC and Ray's OptunaSearch propose and stop with their own code and defaults; the
 simulator only trains. Syne Tune 0.16 has no MOBSTER, Hyper-Tune and PASHA: `pip install
-'syne-tune==0.13.0' autograd statsmodels` in another environment. Every anchor gets the starting
-points of the space. What it proposes becomes the nearest recorded setting that was not tried. It is
-told of the setting that was trained, where it can be told (all but MOBSTER and Hyper-Tune, which
-propose only recorded settings instead).
+'syne-tune==0.13.0' autograd statsmodels` in another environment. Every tuner gets the starting
+points of the space, and is told the objective of each epoch (SMAC: the score at the end). Which of
+its trials is chosen, the rule of the package decides (see `search_simulator.py`). What it proposes
+becomes the nearest recorded setting that was not tried. It is told of the setting that was trained,
+where it can be told (all but MOBSTER and Hyper-Tune, which propose only recorded settings instead).
 """
 
 import logging
@@ -52,6 +53,9 @@ class Recorded:
 
     def flatten(self, params: Params) -> dict[str, Any]:
         return self.space.optuna_params(params, with_inactive=True)
+
+    def objective(self, setting: int, seed: int, epoch: int) -> float:
+        return float(self.table.objective[setting, seed, epoch - 1])
 
     def find_nearest(self, config: dict[str, Any], tried: Sequence[int]) -> int:
         params: Params = {}
@@ -103,8 +107,9 @@ class SyneTune:
         self.scheduler.on_trial_add(self.trials[setting])
         return setting
 
-    def report(self, setting: int, epoch: int, value: float) -> bool:
-        trial, result = self.trials[setting], {METRIC: value, EPOCH: epoch}
+    def report(self, setting: int, seed: int, epoch: int) -> bool:
+        trial = self.trials[setting]
+        result = {METRIC: self.recorded.objective(setting, seed, epoch), EPOCH: epoch}
         decision = self.scheduler.on_trial_result(trial, result)
         if epoch == self.n_epochs:
             self.scheduler.on_trial_complete(trial, result)
@@ -175,7 +180,7 @@ class Smac:
             deterministic=True,
             n_trials=len(table.params),
             seed=repeat,
-            output_directory=Path("/dev/shm/search_anchors") / str(repeat),
+            output_directory=Path("/dev/shm/search_other_tuners") / str(repeat),
         )
         points = [self.build(params) for params in table.space.initial_points]
         self.facade = HyperparameterOptimizationFacade(
@@ -188,7 +193,6 @@ class Smac:
             logging_level=False,
         )
         self.asked: dict[int, Any] = {}
-        self.best: dict[int, float] = {}
 
     def build(self, params: Params) -> Any:
         import ConfigSpace
@@ -205,14 +209,12 @@ class Smac:
         self.asked[setting] = info
         return setting
 
-    def report(self, setting: int, epoch: int, value: float) -> bool:
+    def report(self, setting: int, seed: int, epoch: int) -> bool:
         from smac.runhistory.dataclasses import TrialInfo, TrialValue
 
-        if epoch > self.table.burn_in[setting]:
-            self.best[setting] = max(value, self.best.get(setting, 0.0))
         if epoch < self.table.n_epochs:
             return True
-        cost = TrialValue(cost=1 - self.best[setting])
+        cost = TrialValue(cost=1 - self.table.score(setting, seed, epoch)[0])
         asked, trained = self.asked[setting], self.build(self.table.params[setting])
         self.facade.tell(TrialInfo(trained, seed=asked.seed), cost, save=False)
         return False
@@ -251,7 +253,8 @@ class RayOptuna:
         self.searcher.on_trial_complete(draft, error=True)
         return setting
 
-    def report(self, setting: int, epoch: int, value: float) -> bool:
+    def report(self, setting: int, seed: int, epoch: int) -> bool:
+        value = self.recorded.objective(setting, seed, epoch)
         trial, result = SimpleNamespace(trial_id=setting), {METRIC: value, EPOCH: epoch}
         decision = self.asha.on_trial_result(None, trial, result)
         if epoch < self.table.n_epochs and decision == "CONTINUE":
@@ -260,7 +263,7 @@ class RayOptuna:
         return False
 
 
-ANCHORS: dict[str, Callable[[Table, int], Search]] = {
+TUNERS: dict[str, Callable[[Table, int], Search]] = {
     "Ray OptunaSearch, ASHA": lambda table, repeat: RayOptuna(table, repeat, 1),
     "Ray OptunaSearch, ASHA from 6": lambda table, repeat: RayOptuna(table, repeat, 6),
     "SMAC": Smac,
@@ -283,8 +286,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
-    parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat"])
-    parser.add_argument("--anchors", nargs="+", default=list(ANCHORS), choices=ANCHORS)
+    parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat", "trades", "fat"])
+    parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=TUNERS)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.disable(logging.WARNING)
@@ -294,8 +297,8 @@ def main() -> None:
     print(f"{describe_machine()}; {', '.join(versions)}", file=sys.stderr)
     for space in args.spaces:
         table = load_table(args.table, space)
-        for name in args.anchors:
-            outcome = evaluate(table, ANCHORS[name], args.epochs, args.repeats)
+        for name in args.tuners:
+            outcome = evaluate(table, TUNERS[name], args.epochs, args.repeats)
             save_outcome(args.work, space, name, outcome)
 
 
