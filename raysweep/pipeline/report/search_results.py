@@ -114,7 +114,7 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
 
 def _describe_best_epoch(ledger: Ledger, trial: Trial) -> str:
     """Describe the best epoch of a trial, how the trial ended and what speaks against it."""
-    notes = [trial.state] if trial.state in ("stopped", "failed") else []
+    notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
     if choice := ledger.describe_choice(trial):
         notes.append(choice)
     return ", ".join([str(int(trial.best["epoch"])), *notes])
