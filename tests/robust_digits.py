@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DATA = Path(__file__).parent / "data" / "aa" / "digits.npz"
-OFFICIAL = np.load(DATA)
+with np.load(DATA) as _arrays:
+    OFFICIAL = dict(_arrays)
 
 
 class RobustDigits(nn.Module):

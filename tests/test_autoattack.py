@@ -46,11 +46,11 @@ APGDS = [
     APGD(eps=0.7, steps=10, norm="L2"),
 ]
 OTHERS = [
-    FAB(eps=0.25, steps=12, targets=2),
-    FAB(eps=0.9, steps=12, targets=2, norm="L2"),
-    FAB(eps=0.25, steps=6, targets=None, restarts=2),
-    Square(eps=0.25, queries=40),
-    Square(eps=0.9, queries=40, norm="L2", restarts=2),
+    FAB(eps=0.25, steps=5, targets=2),
+    FAB(eps=0.9, steps=5, targets=2, norm="L2"),
+    FAB(eps=0.25, steps=3, targets=None, restarts=2),
+    Square(eps=0.25, queries=20),
+    Square(eps=0.9, queries=15, norm="L2", restarts=2),
     AttackCascade(
         attacks={"pgd": PGDS[0], "apgd": APGDS[0], "square": Square(eps=0.2, queries=20)}
     ),
@@ -73,14 +73,14 @@ def test_apgd_looks_at_the_step_size_where_the_official_code_does():
 
 def test_apgd_matches_a_slow_transcription():
     """Alg. 1 of Croce & Hein for one row at a time, with every loss kept, on rows that hold out."""
-    model, (x, y) = robust_digits().double(), digits(30)
+    model, (x, y) = robust_digits().double(), digits(8)
     x = x.double()
     attack = APGD(eps=0.1, steps=60)
-    result = attack(model, x, y, rng(30))
+    result = attack(model, x, y, rng(8))
     held = (model(result.x_adv).argmax(1) == y).nonzero()[:, 0][:4]
     assert len(held) == 4
     start = sample_on_sphere(
-        x, attack.eps, attack.norm, rng(30).derive_stream("target", 0, "restart", 0)
+        x, attack.eps, attack.norm, rng(8).derive_stream("target", 0, "restart", 0)
     )
     for i in held.tolist():
         assert torch.allclose(
@@ -172,7 +172,7 @@ def test_projection_gives_the_corner_where_the_plane_misses_the_box():
 def test_square_spends_no_forward_on_proposals_that_cannot_matter():
     """The same points, bit for bit, as evaluating every proposal, with fewer forward passes."""
     model, (x, y) = robust_digits(), digits(16)
-    attack, eps, queries = Square(eps=0.1, queries=600), 0.1, 600
+    attack, eps, queries = Square(eps=0.1, queries=400), 0.1, 400
     result = attack(model, x, y, rng(16))
     stream = rng(16).derive_stream("restart", 0)
     right = (true_class_margin(model(x), y) > 0).nonzero()[:, 0]
@@ -205,7 +205,7 @@ def test_square_window_shrinks_after_the_official_queries():
 
 def test_fab_finds_only_what_lies_within_eps():
     model, (x, y) = robust_digits(), digits(40)
-    result = FAB(eps=0.12, steps=30, targets=2)(model, x, y, rng(40))
+    result = FAB(eps=0.12, steps=15, targets=2)(model, x, y, rng(40))
     broken = (model(result.x_adv).argmax(1) != y) & (model(x).argmax(1) == y)
     moved = (result.x_adv != x).flatten(1).any(1)
     assert broken.any() and torch.equal(broken, moved)
@@ -257,10 +257,10 @@ def test_leaving_the_batch_late_changes_no_verdict(attack, monkeypatch):
 
 
 def test_pgd_plus_needs_every_iterate_to_be_right():
-    model, (x, y) = robust_digits(), digits(40)
+    model, (x, y) = robust_digits(), digits(20)
     plus, once = build_named_attack("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)
-    left = plus(model, x, y, rng(40)).robust_after
-    alone = model(once(model, x, y, rng(40).derive_stream("pgd+-1")).x_adv).argmax(1) == y
+    left = plus(model, x, y, rng(20)).robust_after
+    alone = model(once(model, x, y, rng(20).derive_stream("pgd+-1")).x_adv).argmax(1) == y
     assert list(left) == [f"pgd+-{i}" for i in range(1, 6)]
     assert not (left["pgd+-1"] & ~alone).any() and left["pgd+-5"].sum() <= left["pgd+-1"].sum()
 

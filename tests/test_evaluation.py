@@ -44,10 +44,10 @@ from raysweep.spec import SpecError
 
 SHORT = AttackCascade(
     attacks={
-        "apgd-ce": APGD(eps=0.2, steps=10),
-        "apgd-t": APGD(eps=0.2, steps=10, loss="dlr-targeted", targets=3),
-        "fab-t": FAB(eps=0.2, steps=5, targets=2),
-        "square": Square(eps=0.2, queries=60),
+        "apgd-ce": APGD(eps=0.2, steps=7),
+        "apgd-t": APGD(eps=0.2, steps=7, loss="dlr-targeted", targets=2),
+        "fab-t": FAB(eps=0.2, steps=2, targets=2),
+        "square": Square(eps=0.2, queries=20),
     }
 )
 

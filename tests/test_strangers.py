@@ -18,7 +18,7 @@ from strangers import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from raysweep.attacks import APGD, AttackCascade, Square
+from raysweep.attacks import APGD, FAB, PGD, AttackCascade, Square
 from raysweep.evaluation import evaluate
 from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.spec import SpecError
@@ -42,10 +42,18 @@ def brief(eps: float) -> AttackCascade:
     )
 
 
+# Named attacks of few steps.
+SHORT = {
+    "apgd-ce": AttackCascade(attacks={"apgd-ce": APGD(eps=EPS, steps=15)}),
+    "fab": AttackCascade(attacks={"fab": FAB(eps=EPS, steps=10, targets=None)}),
+    "pgd": AttackCascade(attacks={"pgd": PGD(eps=EPS, step_size=EPS / 4, steps=10)}),
+}
+
+
 @cache
 def plain_report(attack: str, n: int = 24):
     """Of the plain model: what others are compared with."""
-    return evaluate(Plain(), *images(n), attack, EPS)
+    return evaluate(Plain(), *images(n), SHORT[attack])
 
 
 def labels_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -63,7 +71,7 @@ def test_a_strangers_model_is_attacked_as_the_plain_one(name: str) -> None:
     state = {key: value.clone() for key, value in stranger.state_dict().items()}
     eps = RADII.get(name, EPS)
     attack = AttackCascade(
-        attacks={"square": Square(eps=eps, queries=100), "apgd": APGD(eps=eps, steps=30)}
+        attacks={"square": Square(eps=eps, queries=40), "apgd": APGD(eps=eps, steps=12)}
     )
     found, expected = (evaluate(model, x, y, attack) for model in (stranger, plain))
     assert 0 < expected.robust_accuracy < 1, "the attacks break some and not all"
@@ -83,7 +91,7 @@ def test_a_model_that_autocasts_is_attacked_without_the_fast_gradient() -> None:
     model = AutocastsInside()
     x, _ = images()
     y = labels_of(model, x)
-    fast, slow = (evaluate(model, x, y, "apgd-ce", EPS, fold=fold) for fold in (True, False))
+    fast, slow = (evaluate(model, x, y, SHORT["apgd-ce"], fold=fold) for fold in (True, False))
     assert fast.robust.tolist() == slow.robust.tolist() and 0 < slow.robust_accuracy < 1
 
 
@@ -95,11 +103,11 @@ def test_fast_paths_are_still_taken_by_our_own_kind_of_model() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("attack", ["apgd-ce", "pgd20", "fab"])
+@pytest.mark.parametrize("attack", SHORT)
 def test_the_callers_mode_changes_nothing(context, attack: str) -> None:
     model, (x, y), expected = Plain(), images(), plain_report(attack)
     with context():
-        found = evaluate(model, x * 1, y * 1, attack, EPS)
+        found = evaluate(model, x * 1, y * 1, SHORT[attack])
     assert found.robust.tolist() == expected.robust.tolist() and 0 < found.robust_accuracy < 1
     assert found.warnings == expected.warnings
 
@@ -169,7 +177,7 @@ class RecordsBatches(Plain):
 def test_the_batch_size_bounds_every_batch(batch_size: int) -> None:
     RecordsBatches.largest = 0
     x, y = images(40)
-    found = evaluate(RecordsBatches(), x, y, "apgd-ce", EPS, batch_size=batch_size)
+    found = evaluate(RecordsBatches(), x, y, SHORT["apgd-ce"], batch_size=batch_size)
     assert RecordsBatches.largest == batch_size
     assert found.robust.tolist() == plain_report("apgd-ce", 40).robust.tolist()
 
@@ -221,13 +229,13 @@ def test_arrays_of_any_kind_are_taken(tmp_path) -> None:
         (np.asfortranarray(x.numpy()), y),
         (x.clone().requires_grad_(), y),
     ):
-        assert evaluate(Plain(), given, labels, "apgd-ce", EPS).robust.tolist() == expected
+        assert evaluate(Plain(), given, labels, SHORT["apgd-ce"]).robust.tolist() == expected
 
 
 def test_bfloat16_images_are_taken() -> None:
     x, y = images()
-    found = evaluate(Plain(), x.bfloat16(), y, "apgd-ce", EPS)
-    expected = evaluate(Plain(), x.bfloat16().float(), y, "apgd-ce", EPS)
+    found = evaluate(Plain(), x.bfloat16(), y, SHORT["apgd-ce"])
+    expected = evaluate(Plain(), x.bfloat16().float(), y, SHORT["apgd-ce"])
     assert found.robust.tolist() == expected.robust.tolist()
 
 

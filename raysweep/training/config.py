@@ -1,5 +1,6 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Self
@@ -329,7 +330,7 @@ def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) 
     places = []
     for changes in inputs:
         for path, value in changes.items() if isinstance(changes, dict) else ():
-            if value is None or not any(covers_path(path, folder) for folder in _FOLDERS):
+            if value is None or not _covers_folder(path):
                 continue
             if not isinstance(value, str):
                 return build()
@@ -338,6 +339,12 @@ def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) 
             except (OSError, RuntimeError, ValueError):
                 return build()
     return get_or_build((*inputs, places), build)
+
+
+@functools.lru_cache(maxsize=4096)
+def _covers_folder(path: str) -> bool:
+    """Return whether an override may set a path of data."""
+    return any(covers_path(path, folder) for folder in _FOLDERS)
 
 
 def _start_config(method: str | Mapping[str, Any]) -> TrainingConfig:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from raysweep.attacks import fp32_precision, freeze_model, set_mode
-from raysweep.evaluation.attack_model import changes_its_buffers
+from raysweep.evaluation.attack_model import changes_its_buffers, copy_empty_dicts
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
 from raysweep.training.speed_checks import (
     can_be_compiled,
@@ -110,7 +110,8 @@ class ModelVariants:
         folded_model = _copy_sharing_tensors(self.model)
         set_mode(folded_model, False)
         for norm_name, conv_name in conv_by_norm.items():
-            folded = copy.deepcopy(folded_model.get_submodule(conv_name))
+            conv = folded_model.get_submodule(conv_name)
+            folded = copy.deepcopy(conv, copy_empty_dicts(conv))
             assert isinstance(folded, nn.Conv2d)
             folded.bias = nn.Parameter(
                 folded.weight.new_zeros(folded.out_channels), requires_grad=False
@@ -160,7 +161,7 @@ def _apply_compute_options(module: nn.Module, precision: Precision, use_compile:
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Copy the modules of a model, but share its tensors; the copy needs no gradients."""
     # deepcopy uses the values of `memo` instead of copies of the objects with these ids.
-    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    memo = copy_empty_dicts(model) | {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return copy.deepcopy(model, memo)
