@@ -30,7 +30,7 @@ def make_sweep(folder: Path, method: str, rates: list[float], base_seeds: int = 
     space = {
         "method": method,
         "trials": len(rates),
-        "base": {**TINY, "epochs": 4, "data.train_size": 300},
+        "base": {**TINY, "data.train_size": 200},
         "space": {LR: {"float": [0.01, 0.5]}},
         "base_runs": base_seeds,
     }

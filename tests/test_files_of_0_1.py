@@ -699,11 +699,19 @@ def test_attacks(name: str, out: Path) -> None:
     assert float(found.x_adv.double().sum()) == expected["sum"] or not same_machine()
 
 
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of attacks: those that two versions have in common run once."""
+    return tmp_path_factory.mktemp("attacked")
+
+
 @pytest.mark.parametrize("name", sorted(EXPECTED["evaluations"]))
-def test_autoattack(name: str, out: Path) -> None:
+def test_autoattack(name: str, out: Path, attacked: Path) -> None:
     expected = EXPECTED["evaluations"][name]
     model, (x, y) = raysweep.load(out / "runs" / "robust"), first_sixteen_rows()
-    report = raysweep.evaluate(model, x, y, attack="autoattack", **expected["options"])
+    report = raysweep.evaluate(
+        model, x, y, attack="autoattack", resume_dir=attacked, **expected["options"]
+    )
     assert report.robust.tolist() == expected["robust"]
     assert [str(by) for by in report.broken_by] == expected["broken_by"]
     assert report.is_autoattack == expected["is_autoattack"]
