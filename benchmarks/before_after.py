@@ -28,7 +28,13 @@ HERE = Path(__file__).resolve().parent.parent
 def call(code: Path, folder: Path, *arguments: str) -> Any:
     """Run a command of a version of raysweep; return its JSON."""
     command = [sys.executable, "-m", "raysweep", *arguments, "--out", str(folder), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(code),
+        "OMP_NUM_THREADS": "1",
+        # Ray starts slowly on a busy machine.
+        "RAY_raylet_start_wait_time_s": "600",
+    }
     result = subprocess.run(
         command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
