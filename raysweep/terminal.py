@@ -29,7 +29,11 @@ from raysweep.plain_console import PlainConsole
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
-from raysweep.sweep.spread_summary import SpreadSummary, describe_split, summarize_spread
+from raysweep.sweep.spread_summary import (
+    SpreadSummary,
+    describe_settings_share,
+    summarize_spread,
+)
 from raysweep.sweep.time_left import SweepTimer
 from raysweep.sweep.trial import RunKind, Trial
 from raysweep.training.epoch_progress import EpochProgress, read_epoch_progress
@@ -246,7 +250,7 @@ class SweepDisplay:
         if counts.completed:
             lines.append(str(counts))
         if self._spread is not None and self._spread.split is not None:
-            lines.append(describe_split(self._spread.split))
+            lines += describe_settings_share(self._spread)
         return lines
 
 

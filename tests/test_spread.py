@@ -4,6 +4,7 @@ where it is said.
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from raysweep.result_loading import Sweep, sweep_to_json
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
-from raysweep.sweep.spread_summary import describe_spread, summarize_spread
+from raysweep.sweep.spread_summary import (
+    decide_early_end,
+    describe_spread,
+    find_early_end,
+    summarize_spread,
+)
 from raysweep.sweep.trial import Trial
 from raysweep.terminal import SweepDisplay, TrialTable
 from raysweep.training.checkpoint import RunDirectory
@@ -215,6 +221,61 @@ class TestWhatIsSaid:
         assert noise == pytest.approx((40 / 300) ** 2 / 2)
         line = describe_spread(ledger)[1]
         assert line.startswith("settings explain 0% of") and "nothing shows" in line
+
+    def test_where_most_were_stopped_it_is_said_of_the_rung(self, tmp_path: Path) -> None:
+        """The split at the rung is that of fully trained trials with the same verdicts."""
+        n_correct = (100, 150, 200, 120, 180)
+        trials = [
+            replace(
+                make_trial(
+                    number, correct, epoch=2, state="finished" if correct > 170 else "stopped"
+                ),
+                rung_verdicts=make_verdicts(make_mask(correct, number), epoch=2),
+            )
+            for number, correct in enumerate(n_correct)
+        ]
+        # Its weights had not acted at the rung.
+        late = make_trial(5, 140, state="stopped")
+        ledger = make_ledger(tmp_path / "stopped", *trials, late)
+        assert ledger.load_trials() == [*trials, late]
+        full = make_ledger(tmp_path / "full", *[make_trial(*pair) for pair in enumerate(n_correct)])
+        expected = summarize_spread(full)
+        found = summarize_spread(ledger)
+        assert found is not None and expected is not None and expected.split is not None
+        assert (found.split, found.rung, expected.rung) == (expected.split, 2, None)
+        line = describe_spread(ledger)[-1]
+        share = f"settings explain at most {expected.split.share:.0%} of the spread of 5 trials"
+        assert line.startswith(f"at epoch 2, where ASHA compares them first, {share} (90% ")
+        assert line.endswith(
+            "; only 2 trials were trained to the end, and 4 are needed to say it at the end"
+        )
+        assert sweep_to_json(ledger)["comparison"]["spread"]["rung"] == 2
+        assert decide_early_end(found.differences, None) == find_early_end(ledger, trials)
+        unknown = make_ledger(
+            tmp_path / "unknown", *[replace(t, rung_verdicts=None) for t in trials]
+        )
+        assert describe_spread(unknown)[-1] == (
+            "only 2 trials were trained to the end, and 4 are needed to say how much the settings "
+            "explain"
+        )
+
+    @pytest.mark.parametrize(
+        ("epoch", "burn_in", "kind"),
+        [(2, 0, "trial"), (3, 0, "trial"), (2, 2, "trial"), (2, 0, "repeat")],
+    )
+    def test_a_trial_keeps_its_verdicts_at_the_first_rung(
+        self, tmp_path: Path, epoch: int, burn_in: int, kind: Any
+    ) -> None:
+        scheduler = {"kind": "asha", "grace_period": 2}
+        ledger = make_ledger(tmp_path, scheduler=scheduler, trials=2)
+        trial = make_trial(
+            0, 150, params={LR: 0.1, "seed": 1}, epoch=epoch, burn_in=burn_in, kind=kind
+        )
+        train_model(tiny("at", epochs=2), ledger.run_path(trial))
+        found = ledger.with_rung_verdicts(trial, 4).rung_verdicts
+        is_kept = (epoch, burn_in, kind) == (2, 0, "trial")
+        assert found == (RunDirectory(ledger.run_path(trial)).read_verdicts(2) if is_kept else None)
+        assert (found is not None) == is_kept
 
     def test_the_live_table_says_it_while_trials_run(self, tmp_path: Path) -> None:
         trials = [make_trial(number, 150) for number in range(4)]

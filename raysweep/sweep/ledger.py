@@ -24,6 +24,7 @@ from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.trial import Trial, load_runs
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
+from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.selection import (
     RunRank,
@@ -363,13 +364,27 @@ class Ledger:
         """Return a trial with the verdicts that are stored in the checkpoint of its best epoch."""
         if "epoch" not in trial.best:
             return trial
-        epoch = int(trial.best["epoch"])
+        return replace(trial, verdicts=self._read_verdicts(trial, int(trial.best["epoch"])))
+
+    def with_rung_verdicts(self, trial: Trial, max_epochs: int) -> Trial:
+        """Return a trial with the verdicts of its last epoch if that is ASHA's first rung.
+
+        Args:
+            trial: The trial, whose last epoch still has its checkpoint.
+            max_epochs: Epochs of a trial that is not stopped.
+        """
+        is_first_rung = trial.epoch in self.space.scheduler.rungs(max_epochs)[:1]
+        if not is_first_rung or trial.kind != "trial" or trial.epoch <= (trial.burn_in or 0):
+            return trial
+        return replace(trial, rung_verdicts=self._read_verdicts(trial, trial.epoch))
+
+    def _read_verdicts(self, trial: Trial, epoch: int) -> ExampleVerdicts | None:
+        """Read what an epoch of a trial gets right; None if it is not known."""
         try:
-            verdicts = RunDirectory(self.run_path(trial)).read_verdicts(epoch)
+            return RunDirectory(self.run_path(trial)).read_verdicts(epoch)
         except DamagedFileError as error:
             logger.warning("%s cannot be compared: %s", trial.title, error)
-            verdicts = None
-        return replace(trial, verdicts=verdicts)
+            return None
 
     def load_trials(self) -> list[Trial]:
         """Load all trials that were ever started.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raysweep.evaluation.paired_statistics import (
     SPREAD_CONFIDENCE,
@@ -39,13 +39,18 @@ class SpreadSummary:
         differences: By number of each other trial: score of the best trial minus its own, each the
             mean over the seeds if there are several. The intervals hold together: with 95%
             confidence none of them is wrong.
-        split: What the spread of the fully trained trials consists of; None if there are too few.
+        split: What the spread of the fully trained trials consists of; if there are too few, that
+            of all trials at ASHA's first rung; None if these are too few, too.
+        rung: Epoch of this rung; None if `split` is of fully trained trials.
+        n_finished: Number of fully trained trials.
     """
 
     best: Trial
     n_examples: int
     differences: Mapping[int, PairedDifference]
     split: SpreadSplit | None
+    rung: int | None = None
+    n_finished: int = 0
 
     @property
     def like_best(self) -> list[int]:
@@ -65,6 +70,7 @@ class SpreadSummary:
         if self.split is not None:
             split = {
                 **vars(self.split),
+                "rung": self.rung,
                 "needed_examples": self.split.needed_examples,
                 "needed_seeds": self.split.needed_seeds,
             }
@@ -116,7 +122,11 @@ def summarize_spread(
         assert pair is not None
         differences[trial.number] = compare_groups(*pair[:2], len(others), training_variance)
     finished = [trial for trial in [best, *others] if trial.state == "finished"]
-    return SpreadSummary(best, best_verdicts.n_examples, differences, _split_trials(finished))
+    split, rung = _split_trials(finished), None
+    if len(finished) < MIN_SPLIT_TRIALS:
+        split, rung = _split_at_rung(trials)
+    n_examples = best_verdicts.n_examples
+    return SpreadSummary(best, n_examples, differences, split, rung, len(finished))
 
 
 def select_comparable_runs(ledger: Ledger, runs: Sequence[Trial]) -> list[Trial]:
@@ -136,6 +146,39 @@ def _split_trials(trials: Sequence[Trial]) -> SpreadSplit | None:
     groups = [_stack_seeds(trial) for trial in trials]
     runs = [run for trial in trials for run in trial.trainings]
     return split_spread(np.concatenate(groups), [_digest_without_seed(run) for run in runs])
+
+
+def _split_at_rung(trials: Sequence[Trial]) -> tuple[SpreadSplit | None, int | None]:
+    """Split the spread of all trials at ASHA's first rung.
+
+    Trials whose weights had not acted there have no verdicts of it.
+
+    Returns:
+        The parts and the epoch; (None, None) if too few trials were compared there.
+    """
+    known = [trial.rung_verdicts for trial in trials if trial.rung_verdicts is not None]
+    if not known:
+        return None, None
+    compared = [
+        trial
+        for trial in trials
+        if (verdicts := trial.rung_verdicts) is not None
+        and verdicts.epoch == known[0].epoch
+        and verdicts.is_comparable(known[0])
+    ]
+    if len(compared) < MIN_SPLIT_TRIALS:
+        return None, None
+    at_rung = [
+        replace(
+            trial,
+            best={"epoch": float(known[0].epoch)},
+            repeats=(),
+            verdicts=trial.rung_verdicts,
+            state="finished",
+        )
+        for trial in compared
+    ]
+    return _split_trials(at_rung), known[0].epoch
 
 
 def _stack_seeds(trial: Trial) -> "np.ndarray":
@@ -163,7 +206,9 @@ def find_early_end(ledger: Ledger, trials: Sequence[Trial]) -> EarlyEnd | None:
     measured = [trial for trial in trials if trial.best]
     ranked = sorted(measured, key=lambda trial: (ledger.rank_trial(trial), trial.number))
     summary = summarize_spread(ledger, ranked)
-    return None if summary is None else decide_early_end(summary.differences, summary.split)
+    if summary is None:
+        return None
+    return decide_early_end(summary.differences, None if summary.rung else summary.split)
 
 
 def decide_early_end(
@@ -217,9 +262,42 @@ def describe_spread(ledger: Ledger) -> list[str]:
             f"ended early, with {len(ledger.load_trials())} of {n_trials} trials: "
             f"{describe_early_end(reason)} (until = {ledger.space.until})",
         )
-    if summary.split is not None:
-        lines.append(describe_split(summary.split))
-    return lines
+    return [*lines, *describe_settings_share(summary)]
+
+
+def describe_settings_share(summary: SpreadSummary) -> list[str]:
+    """Describe which share of the spread the settings explain, as far as it is known.
+
+    Args:
+        summary: Comparison of the trials of a sweep.
+
+    Returns:
+        One line, or none if all trials were trained to the end and are too few.
+    """
+    has_stopped = len(summary.differences) + 1 > summary.n_finished
+    if summary.split is None:
+        if not has_stopped or summary.n_finished >= MIN_SPLIT_TRIALS:
+            return []
+        return [f"{_describe_few_trials(summary)} how much the settings explain"]
+    if summary.rung is None:
+        return [describe_split(summary.split)]
+    split = summary.split
+    return [
+        f"at epoch {summary.rung}, where ASHA compares them first, settings explain at most "
+        f"{split.share:.0%} of the spread of {split.n_models} trials ({SPREAD_CONFIDENCE:.0%} "
+        f"interval {split.share_low:.0%} to {split.share_high:.0%}); "
+        f"{_describe_few_trials(summary)} it at the end"
+    ]
+
+
+def _describe_few_trials(summary: SpreadSummary) -> str:
+    """Say that too few trials were trained to the end."""
+    n_finished, plural = summary.n_finished, "" if summary.n_finished == 1 else "s"
+    was = "was" if n_finished == 1 else "were"
+    return (
+        f"only {n_finished} trial{plural} {was} trained to the end, and {MIN_SPLIT_TRIALS} are "
+        "needed to say"
+    )
 
 
 def _describe_like_best(summary: SpreadSummary) -> str:

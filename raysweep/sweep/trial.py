@@ -69,6 +69,8 @@ class Trial:
         averages: The score by the name of the objective: its best mean over
             `SearchSpace.score_epochs` consecutive epochs. Empty if the objective of the best epoch
             is the score, and before the first epoch that counts.
+        rung_verdicts: Which validation examples the epoch of ASHA's first rung gets right; None
+            before it, within the burn-in, and if an earlier version of raysweep trained the epoch.
         kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
@@ -91,6 +93,7 @@ class Trial:
     finalist: FinalistResult | None = None
     verdicts: ExampleVerdicts | None = None
     averages: EpochMetrics = field(default_factory=dict)
+    rung_verdicts: ExampleVerdicts | None = None
     kind: RunKind = "trial"
     repeats: "tuple[Trial, ...]" = ()
 
@@ -156,9 +159,12 @@ class Trial:
             del values["finalist"]
         else:
             values["finalist"] = self.finalist.to_stored_dict()
-        del values["verdicts"], values["kind"], values["repeats"]
-        if self.verdicts is not None:
-            values["verdicts"] = self.verdicts.to_stored_dict()
+        del values["kind"], values["repeats"]
+        for name in _VERDICT_FIELDS:
+            verdicts = getattr(self, name)
+            del values[name]
+            if verdicts is not None:
+                values[name] = verdicts.to_stored_dict()
         return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
 
     def runs_again(self, retry_failed: bool) -> bool:
@@ -314,10 +320,11 @@ class Trial:
         return trial
 
 
+_VERDICT_FIELDS = ("verdicts", "rung_verdicts")
 # Fields of a trial that trial.json of earlier versions lacks.
 _LATER_FIELDS = {
     *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
-    "averages",
+    *("averages", "rung_verdicts"),
 }
 _CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
 _TRIAL_TYPES: dict[str, Any] = {
@@ -326,7 +333,7 @@ _TRIAL_TYPES: dict[str, Any] = {
     **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
     **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
     **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
-    "averages": Metrics,
+    **{"averages": Metrics, "rung_verdicts": dict[str, Any] | None},
 }
 
 _FINALIST_TYPES: dict[str, Any] = {
@@ -366,9 +373,8 @@ def load_runs(sweep_path: StorePath, kind: RunKind) -> list[Trial]:
             require_stored_types(values["finalist"], _FINALIST_TYPES, source)
             check_stored_types(values["finalist"], _OPTIONAL_FINALIST_TYPES, source)
             values["finalist"] = FinalistResult.from_stored_dict(values["finalist"], str(file))
-        values["verdicts"] = ExampleVerdicts.from_stored_dict(
-            values.get("verdicts"), f"{file} (verdicts)"
-        )
+        for name in _VERDICT_FIELDS:
+            values[name] = ExampleVerdicts.from_stored_dict(values.get(name), f"{file} ({name})")
         run = Trial(**values, kind=kind)
         _check_run(run, file)
         runs.append(run)

@@ -252,6 +252,8 @@ class SweepTracker:
                 "spread/settings_share_low": split.share_low,
                 "spread/settings_share_high": split.share_high,
             }
+            if summary.rung is not None:
+                metrics["spread/rung"] = float(summary.rung)
         self._tracker.log_final(self._sweep_run_id, metrics)
         like_best = format_trial_numbers(summary.like_best) or "none"
         tags = {"like_best": like_best, "ended_early": ledger.load_early_end() or "no"}
