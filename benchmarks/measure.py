@@ -4,13 +4,17 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -53,6 +57,54 @@ def time_rounds(
             if number or not warm_up:
                 seconds[name].append(spent)
     return seconds
+
+
+class ProcessorSeconds:
+    """Context manager that counts the processor seconds of this process and of those below it.
+
+    Processes may end in the block, so all are looked at several times a second.
+
+    Attributes:
+        total: the seconds, once the block has ended.
+        by_name: the seconds of processes by what their command line begins with.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: Counter[str] = Counter()
+        self._names: dict[tuple[int, float], str] = {}
+        self._seconds: dict[tuple[int, float], tuple[float, float]] = {}
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_until_end)
+        self.total = 0.0
+
+    def __enter__(self) -> "ProcessorSeconds":
+        self._look(is_first=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._has_ended.set()
+        self._thread.join()
+        self._look()
+        self.total = sum(now - before for before, now in self._seconds.values())
+        for key, (before, now) in self._seconds.items():
+            self.by_name[self._names[key]] += now - before  # type: ignore[assignment]
+
+    def _look_until_end(self) -> None:
+        while not self._has_ended.wait(0.2):
+            self._look()
+
+    def _look(self, is_first: bool = False) -> None:
+        own = psutil.Process()
+        for process in [own, *own.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                key = (process.pid, process.create_time())
+                times = process.cpu_times()
+                now = times.user + times.system
+                before, _ = self._seconds.get(key, (now if is_first else 0.0, 0.0))
+                self._seconds[key] = (before, now)
+                # Workers of Ray change it when they begin an actor.
+                self._names[key] = Path(" ".join(process.cmdline()[:1]) or "?").name
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

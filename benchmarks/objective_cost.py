@@ -3,6 +3,7 @@ seconds of a validation, divided by those of an epoch.
 
     python benchmarks/objective_cost.py                 # all methods
     python benchmarks/objective_cost.py --methods at    # fewer
+    python benchmarks/objective_cost.py --trained 3 12  # AT on digits, processor seconds only
 
 Digits are trained, and the times of the run count. For CIFAR-10 (ResNet-18, 50,000 training
 images), the cost of one row of training and of each attack is measured on a few rows. It is then
@@ -12,9 +13,11 @@ epochs cost less.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 from command_line import create_parser
@@ -27,6 +30,7 @@ from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.models import ModelSpec
 from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
+from raysweep.training import trainer
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.speed_settings import ComputeSpec
@@ -125,6 +129,38 @@ def measure_digits(method: str, epochs: int, small: bool = False) -> tuple[list[
     ], share
 
 
+def measure_trained(method: str, numbers: Sequence[int]) -> None:
+    """Measure the processor seconds of an epoch on digits and of the objective on its network.
+
+    With `PYTHONPATH` another version of raysweep is measured.
+    """
+    config = build_training_config(method, {"epochs": max(numbers)})
+    spent: dict[str, list[float]] = {"_run_steps": [], "_validate": []}
+
+    def timed(name: str) -> Callable[..., object]:
+        function = getattr(trainer._TrainingRun, name)
+
+        def run(*arguments: object) -> object:
+            began = time.thread_time()
+            result = function(*arguments)
+            spent[name].append(time.thread_time() - began)
+            return result
+
+        return run
+
+    with TemporaryDirectory() as folder, ExitStack() as patches:
+        for name in spent:
+            patches.enter_context(mock.patch.object(trainer._TrainingRun, name, timed(name)))
+        train_model(config, Path(folder))
+    rows = []
+    for number in numbers:
+        steps, objective = (found[number - 1] for found in spent.values())
+        cells = (f"{steps:.2f} s", f"{objective:.2f} s", f"{objective / steps:.0%}")
+        rows.append([f"after {number} epochs", *cells])
+    print(f"\nThe objective of {method} on digits, processor seconds; {describe_machine()}\n")
+    print(format_table(["network", "epoch", "objective", "share"], rows), flush=True)
+
+
 def measure(
     methods: tuple[str, ...], rows: int, epochs: int, network: str = "resnet18", small: bool = False
 ) -> list[Ratio]:
@@ -162,8 +198,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=4, help="of digits")
+    parser.add_argument("--trained", type=int, nargs="+", metavar="EPOCHS")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.trained:
+        measure_trained("at", args.trained)
+        return
     measure(tuple(args.methods), args.rows, args.epochs)
 
 

@@ -30,7 +30,7 @@ from raysweep.rng import ExampleRng
 from raysweep.training.config import build_training_config
 from raysweep.training.distributed import DistributedWorkerGroup
 from raysweep.training.trainer import build_model_variants, compute_step_gradients, train_model
-from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
+from raysweep.worker_group import SINGLE_WORKER, SingleWorkerGroup, WorkerGroup
 
 CPU = torch.device("cpu")
 # Epochs, training examples, trials.
@@ -259,6 +259,37 @@ def measure_workers(
     ]
 
 
+class SilentWorkerGroup(SingleWorkerGroup):
+    """One of two workers, which takes its own sums for those of both: it never communicates."""
+
+    size = 2
+
+
+def measure_batch_norms(model: str, batch: int, n: int, repeats: int) -> None:
+    """Measure the processor seconds of a step of one worker without communication, with plain and
+    with synchronised batch norms, in interleaved rounds.
+    """
+    variants: dict[str, tuple[WorkerGroup, int]] = {
+        f"plain, {batch} images": (SINGLE_WORKER, batch),
+        f"plain, {batch // 2} images": (SINGLE_WORKER, batch // 2),
+        f"synchronised, {batch // 2} images": (SilentWorkerGroup(), batch),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, (workers, size) in variants.items():
+            seconds[name] += worker_steps(workers, model, size, n)[1]
+    whole = medians(seconds)[next(iter(variants))]
+    rows = [
+        [name, f"{min(found):.2f}, {middle:.2f}, {max(found):.2f}", f"{whole / middle:.2f}"]
+        for (name, found), middle in zip(seconds.items(), medians(seconds).values(), strict=True)
+    ]
+    print(
+        f"\nBatch norms, GAIRAT, {model} on digits, {n} x {repeats} steps; {describe_machine()}\n"
+    )
+    head = ["batch norms", "processor s a step: least, median, most", "speedup"]
+    print(format_table(head, rows), flush=True)
+
+
 def run(full: bool = False) -> list[Ratio]:
     """Run the part of `python benchmarks`; small sizes unless `full`."""
     if not full:
@@ -273,9 +304,8 @@ def run(full: bool = False) -> list[Ratio]:
 
 def main() -> None:
     parser = create_parser(__doc__)
-    parser.add_argument(
-        "--what", nargs="+", choices=["lines", "workers"], default=["lines", "workers"]
-    )
+    parts = ["lines", "workers", "norms"]
+    parser.add_argument("--what", nargs="+", choices=parts, default=parts)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=64)
@@ -286,6 +316,8 @@ def main() -> None:
         measure_cost_lines(*SIZES, 2, args.plot)
     if "workers" in args.what:
         measure_workers(args.model, args.batch, 2, args.repeats, VARIANTS)
+    if "norms" in args.what:
+        measure_batch_norms(args.model, args.batch, 1, args.repeats)
 
 
 if __name__ == "__main__":

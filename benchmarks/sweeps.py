@@ -2,7 +2,7 @@
 
 sharing: the same sweep with and without shared prefixes, in turn; its epochs and wall time.
 overhead: a sweep and bare training of the same runs in the same number of processes, measured in
-    turn, with short and with longer epochs; the seconds a trial takes to start.
+    turn, in wall and in processor seconds of all processes; the seconds a trial takes to start.
 kinds: one small sweep of each kind of search, with its time.
 
 Each prints a Markdown table. All sweeps log to MLflow, as `raysweep tune` does.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from command_line import create_parser
-from measure import Ratio, describe_machine
+from measure import ProcessorSeconds, Ratio, describe_machine
 from measure import format_table as markdown
 
 from raysweep.data import load_data
@@ -85,10 +85,10 @@ def run_timed_sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float
     """Run a sweep in a new folder; return its ledger, wall seconds and clock."""
     folder, clock = Path(tempfile.mkdtemp(prefix="sweeps-")), Clock()
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", folder / "mlruns").wait_until_ready()
-    fingerprint = load_data(space.trial_config({}).data).fingerprint
+    dataset = load_data(space.trial_config({}).data)
     ledger = Ledger.create(folder / "runs" / "sweep", space)
     began = time.perf_counter()
-    run_sweep(ledger, [SweepTracker(tracker, fingerprint), clock], Resources(**resources))
+    run_sweep(ledger, [SweepTracker(tracker, dataset), clock], Resources(**resources))
     seconds, trials = time.perf_counter() - began, ledger.load_trials()
     print(
         f"{len(trials)} trials, {count_epochs(trials)}, {seconds:.1f} s",
@@ -143,36 +143,57 @@ OVERHEAD = [
     "s per epoch",
     "s of bare training, 2 processes",
     "s of the sweep",
-    "sweep / bare (each round)",
+    "ratio (each round)",
+    "processor s, bare",
+    "sweep",
+    "ratio of them",
+    "... with epochs of 2.8 s",
     "s to start, warm actor",
 ]
+LONG_EPOCH_SECONDS = 2.8
 
 
 def measure_overhead(
-    rounds: int, trials: int = 8, epochs: int = 8, bases: Sequence[dict[str, Any]] = (SMALL, {})
+    rounds: int, trials: int = 8, epochs: int = 8, base: dict[str, Any] | None = None
 ) -> list[list[Any]]:
-    table: list[list[Any]] = [OVERHEAD]
-    for base in bases:
-        space = SearchSpace.from_data(
-            GRID | {"base": {**base, "epochs": epochs}, "share_prefixes": False, "trials": trials}
-        )
-        configs = [space.trial_config(point) for point in space.initial_points[: space.n_trials]]
-        alone, swept, waits = [], [], []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            with ProcessPoolExecutor(2) as pool:
-                list(pool.map(train_bare, configs))
-            alone.append(time.perf_counter() - began)
+    """Measure the same runs with and without a sweep, in turn.
+
+    What a sweep adds in processor seconds does not depend on the length of its epochs, so the ratio
+    for longer ones is computed.
+    """
+    space = SearchSpace.from_data(
+        GRID
+        | {"base": {**(base or SMALL), "epochs": epochs}}
+        | {"share_prefixes": False, "trials": trials}
+    )
+    configs = [space.trial_config(point) for point in space.initial_points[: space.n_trials]]
+    alone, swept, waits = [], [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        with ProcessorSeconds() as bare, ProcessPoolExecutor(2) as pool:
+            list(pool.map(train_bare, configs))
+        alone.append((time.perf_counter() - began, bare.total))
+        with ProcessorSeconds() as used:
             _, seconds, clock = run_timed_sweep(space)
-            swept.append(seconds)
-            waits += sorted(clock.waits)[: -clock.concurrent]
-        one, two = statistics.median(alone), statistics.median(swept)
-        ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
-        epoch = 2 * one / sum(config.epochs for config in configs)
-        table.append([space.n_trials, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}",
-                      f"{two / one:.2f} ({ratios})",
-                      f"{statistics.median(waits):.2f}"])  # fmt: skip
-    return table
+        swept.append((seconds, used.total))
+        parts = ", ".join(f"{name} {part:.1f}" for name, part in used.by_name.most_common())
+        print(f"processor seconds of the sweep: {parts}", file=sys.stderr, flush=True)
+        waits += sorted(clock.waits)[: -clock.concurrent]
+    (one, bare_processor), (two, sweep_processor) = (
+        [statistics.median(column) for column in zip(*found, strict=True)]
+        for found in (alone, swept)
+    )
+    ratios = "/".join(f"{b / a:.2f}" for (a, _), (b, _) in zip(alone, swept, strict=True))
+    n_epochs = sum(config.epochs for config in configs)
+    added = sweep_processor - bare_processor
+    row = [
+        *(space.n_trials, epochs, f"{bare_processor / n_epochs:.2f}", f"{one:.1f}", f"{two:.1f}"),
+        *(f"{two / one:.2f} ({ratios})", f"{bare_processor:.1f}", f"{sweep_processor:.1f}"),
+        f"{sweep_processor / bare_processor:.3f}",
+        f"{1 + added / (n_epochs * LONG_EPOCH_SECONDS):.3f}",
+        f"{statistics.median(waits):.2f}",
+    ]
+    return [list(OVERHEAD), row]
 
 
 def time_sweeps(sizes: Sequence[int], small: bool = False) -> list[float]:
@@ -192,14 +213,15 @@ def time_sweeps(sizes: Sequence[int], small: bool = False) -> list[float]:
 def run(full: bool = False) -> list[Ratio]:
     """Run the part of `python benchmarks`; small sizes unless `full`."""
     with connect_to_cluster(n_cpus=2):
-        head, *rows = measure_overhead(2) if full else measure_overhead(1, 3, 1, (TINY,))
+        head, *rows = measure_overhead(2) if full else measure_overhead(1, 3, 1, TINY)
     print(f"\nA sweep and bare training of the same runs; {describe_machine()}\n")
     print(markdown(head, [[str(cell) for cell in row] for row in rows]), flush=True)
     found = []
-    for trials, epochs, epoch, alone, swept, ratio, start in rows:
+    for trials, epochs, epoch, alone, swept, ratio, _, _, processor, _, start in rows:
         n = f"{trials} trials of {epochs} epochs of {epoch} s"
         minutes = (float(swept) - float(alone)) / (trials * epochs * 60 / 2)
-        found.append(Ratio("sweep over bare training", ratio, "", n))
+        found.append(Ratio("sweep over bare training", ratio, "1.10", n))
+        found.append(Ratio("... in processor seconds", processor, "1.10", n))
         found.append(
             Ratio("... what it adds, beside epochs of a minute", f"{minutes:.1%}", "5%", n)
         )

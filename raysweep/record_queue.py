@@ -13,6 +13,7 @@ from collections.abc import Callable
 from raysweep.disk_space import SpareSpace
 from raysweep.errors import InfrastructureError
 from raysweep.stores.folder_store import find_sqlite_file
+from raysweep.termination_signals import release_logging_locks
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class RecordQueue:
         Returns:
             Whether no record waits any more.
         """
+        release_logging_locks()
         with self._changed:
             n_failures = self._n_failures
             self._is_flushing = retry or not self._is_failing

@@ -1,5 +1,6 @@
-"""Signals that end work which can be resumed: SIGTERM, and SIGHUP of a lost terminal."""
+"""Signals that end work which can be resumed: SIGTERM, SIGHUP of a lost terminal, and Ctrl-C."""
 
+import logging
 import os
 import signal
 import sys
@@ -7,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+_ReentrantLock = type(threading.RLock())
 
 
 def is_main_thread() -> bool:
@@ -53,3 +56,21 @@ def handle_termination_signals(
     finally:
         for number, previous_handler in previous_handlers.items():
             signal.signal(number, previous_handler)
+
+
+def release_logging_locks() -> None:
+    """Release the locks of `logging` that this thread holds, before it waits for other threads.
+
+    Ctrl-C may interrupt `logging` just after it has acquired a lock and before it can release it
+    again. All other threads would then wait forever as soon as they log or import a module. Must
+    not be called by a handler of `logging`.
+    """
+    handlers = [reference() for reference in logging._handlerList]  # type: ignore[attr-defined]
+    locks = [handler.lock for handler in handlers if handler is not None]
+    for lock in [logging._lock, *locks]:  # type: ignore[attr-defined]
+        # Other locks can be released by threads that do not hold them.
+        if isinstance(lock, _ReentrantLock):
+            # Raised if this thread does not hold it, or no longer.
+            with suppress(RuntimeError):
+                while True:
+                    lock.release()

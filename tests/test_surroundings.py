@@ -1,9 +1,11 @@
 """Lost terminals, output to files, and refusals that leave no folder behind."""
 
 import io
+import logging
 import os
 import pty
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from rich.console import Console
 
 from raysweep.cli import main
 from raysweep.terminal import create_progress_console, training_progress_bar
-from raysweep.termination_signals import handle_termination_signals
+from raysweep.termination_signals import handle_termination_signals, release_logging_locks
 
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
 TINY += ["validation.finish.*.steps=1", "validation.finish.*.runs=1"]
@@ -26,6 +28,35 @@ def hangup_handler() -> Iterator[None]:
     before = signal.getsignal(signal.SIGHUP)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupted_log_record_leaves_no_lock() -> None:
+    """Ctrl-C has come after `logging` has acquired its locks, in this thread or in others."""
+    handler = logging.StreamHandler(io.StringIO())
+    log = logging.getLogger("interrupted")
+    log.addHandler(handler)
+    log.propagate = False
+
+    def log_elsewhere() -> bool:
+        thread = threading.Thread(target=log.error, args=["a record"], daemon=True)
+        thread.start()
+        thread.join(0.1)
+        return not thread.is_alive()
+
+    logging._lock.acquire()  # type: ignore[attr-defined]
+    assert handler.lock is not None
+    for _ in range(2):
+        handler.acquire()
+    assert not log_elsewhere()
+    release_logging_locks()
+    assert log_elsewhere() and handler.lock.acquire(blocking=False)
+    handler.release()
+    elsewhere = threading.Thread(target=handler.acquire)
+    elsewhere.start()
+    elsewhere.join()
+    release_logging_locks()
+    assert not handler.lock.acquire(blocking=False), "that of another thread is its own"
+    log.removeHandler(handler)
 
 
 @pytest.mark.usefixtures("hangup_handler")

@@ -14,6 +14,7 @@ from threading import Event, Thread
 from raysweep.sweep.ray_access import create_private_ray_folder, token_without_home
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
+from raysweep.termination_signals import release_logging_locks
 
 
 class ClusterStart:
@@ -48,6 +49,7 @@ class ClusterStart:
         """Stop the cluster, unless it was never begun. It also stops if Ctrl-C ends this call."""
         self._must_end.set()
         if self._thread is not None:
+            release_logging_locks()
             # Ctrl-C during a `join` would make Python take the thread for one that has ended.
             self._has_ended.wait()
             self._thread.join()
