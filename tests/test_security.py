@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import re
+import tempfile
 import tomllib
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_no_key_of_the_driver_is_in_rays_logs(
     )
     run_sweep(Ledger.create(tmp_path / "sweep", space), [])
     assert set(names) <= class_cache.ENV_VARS_TO_PROPAGATE, "other users of Tune keep them"
-    session = Path("/tmp/ray") / ray.get_runtime_context().get_session_name()
+    session = Path(tempfile.gettempdir()) / "ray" / ray.get_runtime_context().get_session_name()
     folders = (session, tmp_path)
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     assert any(file.name == "runtime_env_agent.log" for file in files)
