@@ -7,7 +7,7 @@ too much rather than too little where a text is unclear.
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence, Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -81,11 +81,16 @@ def redact_secrets(text: str) -> str:
         `secret_key`, keys in PEM format, keys of well-known services, and the values of environment
         variables with secret names.
     """
+    return _redact_text(text, _list_environment_secrets())
+
+
+def _redact_text(text: str, environment_secrets: Sequence[str]) -> str:
+    """Replace secrets in a text, as `redact_secrets`; those of the environment are given."""
     if not text:
         return text
     if "-----" in text:
         text = _PEM_PATTERN.sub(_MASK, text)
-    for secret in _environment_secrets():
+    for secret in environment_secrets:
         text = text.replace(secret, _MASK)
     text = _TOKEN_PATTERN.sub(_MASK, text)
     if "@" in text:
@@ -120,15 +125,26 @@ def redact_value(value: Any) -> Any:
     Returns:
         The value with `***` for the secrets in all its texts, and for texts under the name of one.
     """
+    # Reading the environment for each text would take longer than all else.
+    return _redact_value(value, _list_environment_secrets())
+
+
+def _redact_value(value: Any, environment_secrets: Sequence[str]) -> Any:
+    """Replace secrets in a value, as `redact_value`; those of the environment are given."""
     if isinstance(value, str):
-        return redact_secrets(value)
+        return _redact_text(value, environment_secrets)
     if isinstance(value, Mapping):
-        return {redact_secrets(str(key)): _redact_item(str(key), value[key]) for key in value}
+        return {
+            _redact_text(str(key), environment_secrets): _redact_item(
+                str(key), value[key], environment_secrets
+            )
+            for key in value
+        }
     if isinstance(value, list | tuple | set | frozenset):
-        return [redact_value(item) for item in value]
+        return [_redact_value(item, environment_secrets) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return redact_secrets(str(value))
+    return _redact_text(str(value), environment_secrets)
 
 
 def _mask_login(match: re.Match[str]) -> str:
@@ -137,11 +153,11 @@ def _mask_login(match: re.Match[str]) -> str:
     return f"{before}{_MASK}@"
 
 
-def _redact_item(key: str, value: Any) -> Any:
+def _redact_item(key: str, value: Any, environment_secrets: Sequence[str]) -> Any:
     """Redact the value of a key; text under the name of a secret is one."""
     if isinstance(value, str) and _is_secret_name(key):
         return _MASK
-    return redact_value(value)
+    return _redact_value(value, environment_secrets)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,12 +166,14 @@ def _is_secret_name(name: str) -> bool:
     return _SECRET_NAME_PATTERN.fullmatch(name) is not None
 
 
-def _environment_secrets() -> Iterator[str]:
-    """Yield the values of environment variables that hold secrets, also as URLs write them.
+def _list_environment_secrets() -> list[str]:
+    """Return the values of environment variables that hold secrets, also as URLs write them.
 
-    Paths of files with secrets are none.
+    Paths of files with secrets are none. Longer ones come first: one may be a part of another.
     """
+    secrets: set[str] = set()
     for name in filter(_is_secret_name, os.environ):
         value = os.environ.get(name, "")
         if len(value) >= _MIN_SECRET_LENGTH and not value.startswith(("/", "~")):
-            yield from {value, quote(value), quote(value, safe=""), quote_plus(value)}
+            secrets |= {value, quote(value), quote(value, safe=""), quote_plus(value)}
+    return sorted(secrets, key=len, reverse=True)

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -267,30 +266,26 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator["Cluster"]:
-    """A cluster of one node with two CPUs, on loopback. A test that adds nodes takes them away
-    again.
+    """A cluster of one node with two CPUs, on loopback, with the processes of those that raysweep
+    starts: no dashboard, and no agents for one. A test that adds nodes takes them away again.
     """
     from ray.cluster_utils import Cluster
 
     from raysweep.sweep.cluster import connect_to_cluster
     from raysweep.sweep.ray_environment import ray_environment
-    from raysweep.sweep.ray_internals import listen_on_loopback
+    from raysweep.sweep.ray_internals import listen_on_loopback, skip_unused_processes
 
     with (
         ray_environment(),
         listen_on_loopback(),
+        skip_unused_processes(),
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
         worker_server.run_worker_server(Path(sockets)),
-        socket.socket() as free,
     ):
-        # By default Ray tries the same port in every process.
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
         # Ray counts a node as dead once five checks in a row have failed: 15 s at its own period.
         # A driver whose node gives up its first workers, by default after 60 s, waits forever.
         system = {"health_check_period_ms": 500, "worker_register_timeout_seconds": 600}
-        head = {"num_cpus": 2, "dashboard_port": port, "_system_config": system, **FORKED}
+        head = {"num_cpus": 2, "_system_config": system, **FORKED}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         with connect_to_cluster(cluster.address):
             yield cluster

@@ -32,9 +32,21 @@ COMMANDS = [
     "raysweep.sweep.tuner",
     "raysweep.terminal",
     "mlflow.tracking",
-    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "alembic.command",
+    "sqlalchemy.dialects.sqlite",
+    "raysweep.cli",
+    "raysweep.comparison_plots",
+    "raysweep.pipeline.report.contents",
     "raysweep.plots",
+    "matplotlib.backends.backend_agg",
     "optuna.importance",
+    "ray.dag",
+    "ray.air.integrations.comet",
+    "ray.air.integrations.mlflow",
+    "ray.air.integrations.wandb",
+    "ray.tune.logger.aim",
 ]
 # What the server imports whoever starts it: all that commands need, where tests use Ray (see
 # `conftest`). Each command would import it again in a fork of a server that a test of training had

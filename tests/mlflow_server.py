@@ -3,11 +3,12 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.request import urlopen
+
+import forked_processes
+from forked_processes import ForkedProcess
 
 
 class MlflowServer:
@@ -26,7 +27,7 @@ class MlflowServer:
             self._port = free.getsockname()[1]
         self.database_uri = f"sqlite:///{folder / 'server.db'}"
         self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkedProcess | None = None
 
     def ensure_running(self) -> None:
         """Start the server unless it runs."""
@@ -35,42 +36,55 @@ class MlflowServer:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), "--workers", "1"]
-        command += ["--backend-store-uri", self.database_uri]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={
-                    **os.environ,
-                    "MLFLOW_DISABLE_TELEMETRY": "true",
-                    "MLFLOW_TRACKING_URI": "",
-                    # It would start seven processes for jobs, which no test has.
-                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                },
-            )
+        arguments = ["server", "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
+        arguments += ["--backend-store-uri", self.database_uri]
+        arguments += ["--artifacts-destination", str(self._folder / "artifacts")]
+        self._process = forked_processes.start_function(
+            _run_mlflow,
+            arguments,
+            folder=self._folder,
+            environment={
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_TRACKING_URI": "",
+                # It would start seven processes for jobs, which no test has.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            imports=forked_processes.COMMANDS,
+        )
         deadline = time.monotonic() + 600
         while True:
             try:
                 urlopen(f"{self.uri}/health", timeout=5).read()
                 return
             except OSError:
-                assert self._process.poll() is None, (self._folder / "server.log").read_text()
+                assert self._process.poll() is None, self._process.err
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the server."""
+        """Send a signal to the server."""
         assert self._process is not None
-        os.killpg(self._process.pid, number)
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kill the server, if it runs."""
         if self._process is not None:
-            self.send_signal(signal.SIGKILL)
-            self._process.wait()
+            self._process.kill()
             self._process = None
+
+
+def _run_mlflow(arguments: list[str]) -> None:
+    """Run `mlflow ARGUMENTS` in this process, and in it the server that it would start in another,
+    which would import everything again.
+    """
+    import mlflow.server
+    from mlflow.cli import cli
+    from uvicorn.main import main as run_uvicorn
+
+    def run_here(command: list[str], extra_env: dict[str, str], **options: object) -> None:
+        os.environ.update(extra_env)
+        assert command[1:3] == ["-m", "uvicorn"]
+        run_uvicorn(command[3:])
+
+    mlflow.server._exec_cmd = run_here
+    cli(arguments)

@@ -3,7 +3,6 @@ here is timed.
 """
 
 import runpy
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -92,30 +91,33 @@ def ratios(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+def interpret(arguments: tuple[str, ...]) -> None:
+    """`python ARGUMENTS`, which begin with -c, with -m or with a path."""
+    if arguments[0] == "-c":
+        _, code, *sys.argv[1:] = arguments
+        exec(code, {})
+    elif arguments[0] == "-m":
+        _, module, *sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__")
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def python_in_a_fork(*arguments: str, cwd: Path = ROOT) -> str:
+    """What `python` prints (see `footprint.python`), without the start of an interpreter."""
+    done = forked_processes.start_function(interpret, arguments, folder=cwd)
+    assert done.wait() == 0, done.err
+    return done.out
+
+
 @pytest.mark.slow
 def test_one_command_measures_the_step_and_the_objective() -> None:
-    command = [sys.executable, "benchmarks", "step", "objective"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = python_in_a_fork("benchmarks", "step", "objective")
     assert [goal for _, _, goal, _ in ratios(printed)] == ["2 (float32)", "3.5 (bf16)"] * 2 + [
         "10%"
     ]
     assert "| + folded batch norms (default) |" in printed and "GFLOP/s in float32" in printed
-
-
-def interpret(arguments: tuple[str, ...]) -> None:
-    """`python ARGUMENTS`, which begin with -c or -m."""
-    flag, what, *sys.argv[1:] = arguments
-    if flag == "-c":
-        exec(what, {})
-    else:
-        runpy.run_module(what, run_name="__main__")
-
-
-def python_in_a_fork(*arguments: str, cwd: Path = ROOT) -> str:
-    """What `footprint.python` is, without the start of an interpreter."""
-    done = forked_processes.start_function(interpret, arguments, folder=cwd)
-    assert done.wait() == 0, done.err
-    return done.out
 
 
 @pytest.mark.slow

@@ -83,10 +83,13 @@ def examine_a_broken_cluster(*arguments: str) -> int:
     from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
+    from raysweep.sweep.ray_internals import skip_unused_processes
+
     # Ray's own default, which the session's cluster has switched off.
     ray_constants.ENABLE_RAY_CLUSTER = True
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **FORKED})
-    cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
+    with skip_unused_processes():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **FORKED})
+        cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
     code = main(["doctor", "--address", cluster.address, *arguments])
     cluster.shutdown()
     return code

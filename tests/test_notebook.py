@@ -11,6 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 from conftest import count_reported_epochs
+from jupyter_client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from test_python_api import SETTINGS
@@ -20,22 +21,31 @@ from raysweep.sweep.ledger import Ledger
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 
 
-@pytest.fixture
-def environment(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose kernels join the cluster of the tests: none starts one for each sweep."""
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
-    yield workdir
+@pytest.fixture(scope="module")
+def kernel(ray_cluster) -> Iterator[KernelManager]:
+    """A kernel that joins the cluster of the tests. Both tests use it, because its imports take
+    longer than a small sweep.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("RAY_ADDRESS", ray_cluster.address)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        kernel = KernelManager(client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        kernel.start_kernel()
+    yield kernel
+    kernel.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.mlflow
-def test_the_notebook_runs(environment: Path, empty_store) -> None:
-    empty_store(environment / "mlflow.db")
+def test_the_notebook_runs(kernel: KernelManager, workdir: Path, empty_store) -> None:
+    empty_store(workdir / "mlflow.db")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    resources = {"metadata": {"path": str(environment)}}
-    NotebookClient(notebook, timeout=600, resources=resources).execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%cd -q {workdir}"))
+    client = NotebookClient(notebook, km=kernel, timeout=600)
+    client.execute()
+    client.kc.stop_channels()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [
         output for output in outputs if output.get("name") == "stderr" and "Error" in output["text"]
@@ -57,21 +67,22 @@ def test_the_notebook_runs(environment: Path, empty_store) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.mlflow
-def test_a_sweep_in_a_notebook_can_be_interrupted(environment: Path, empty_store) -> None:
+def test_a_sweep_in_a_notebook_can_be_interrupted(
+    kernel: KernelManager, workdir: Path, empty_store
+) -> None:
     """The button of a notebook sends SIGINT to its kernel, in whose main thread cells run."""
-    empty_store(environment / "mlflow.db")
-    kernel = KernelManager()
-    kernel.start_kernel(cwd=str(environment))
-    client = kernel.client()
+    empty_store(workdir / "mlflow.db")
+    client = BlockingKernelClient(**kernel.get_connection_info(session=True))
     client.start_channels()
     try:
         client.wait_for_ready(timeout=120)
         settings = {**SETTINGS, "epochs": 200}
-        code = f"import raysweep\nraysweep.tune('at', trials=2, name='g1', settings={settings})"
+        code = f"%cd -q {workdir}\nimport raysweep\n"
+        code += f"raysweep.tune('at', trials=2, name='g1', settings={settings})"
         messages: list[dict[str, Any]] = []
 
         def interrupt_after_an_epoch() -> None:
-            while not is_over.is_set() and not count_reported_epochs(environment / "runs" / "g1"):
+            while not is_over.is_set() and not count_reported_epochs(workdir / "runs" / "g1"):
                 time.sleep(0.05)
             kernel.interrupt_kernel()
 
@@ -86,7 +97,7 @@ def test_a_sweep_in_a_notebook_can_be_interrupted(environment: Path, empty_store
         assert "resume with raysweep.tune(resume='g1'" in content["evalue"]
         kinds = [message["msg_type"] for message in messages]
         assert "update_display_data" in kinds, "the table is updated in its place"
-        ledger = Ledger.open(environment / "runs" / "g1")
+        ledger = Ledger.open(workdir / "runs" / "g1")
         trials = ledger.load_trials()
         assert trials and any(trial.state == "running" and trial.epoch for trial in trials)
         # The kernel lives, and reads what is there.
@@ -94,4 +105,3 @@ def test_a_sweep_in_a_notebook_can_be_interrupted(environment: Path, empty_store
         assert client.execute_interactive(code, timeout=600)["content"]["status"] == "ok"
     finally:
         client.stop_channels()
-        kernel.shutdown_kernel(now=True)

@@ -154,6 +154,15 @@ def test_what_looks_like_an_ordinary_message_is_masked(text: str) -> None:
     assert "Zx9" not in redact_secrets(text.replace("{}", "Zx9Zx9Zx9"))
 
 
+def test_a_secret_that_begins_as_another_leaves_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("A_TOKEN", "longer-than-8")
+    monkeypatch.setenv("B_TOKEN", "longer-than-8-hUsH")
+    assert redact_secrets("it is longer-than-8-hUsH") == "it is ***"
+    assert redact_value(["longer-than-8-hUsH", {"x": "longer-than-8"}]) == ["***", {"x": "***"}]
+
+
 def test_a_secret_of_the_environment_is_masked_also_as_a_url_writes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

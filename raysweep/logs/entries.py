@@ -60,7 +60,7 @@ def _make_entry(record: logging.LogRecord, context: Mapping[str, Any]) -> JsonEn
             "causes": describe_causes(error),
             "traceback": text[-_MAX_TRACEBACK_CHARACTERS:],
         }
-    return {key: redact_value(value) for key, value in entry.items()}
+    return dict(zip(entry, redact_value(list(entry.values())), strict=True))
 
 
 def describe_causes(error: BaseException) -> list[JsonEntry]:

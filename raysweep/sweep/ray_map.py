@@ -158,13 +158,13 @@ def _is_users_own(module: ModuleType) -> bool:
     if is_code_module(module):
         return True
     name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None)
-    if not isinstance(file, str) or not Path(file).is_absolute():
+    if not isinstance(file, str) or "site-packages" in file or "dist-packages" in file:
         return False
     if name.partition(".")[0] in ("__main__", "__mp_main__", "raysweep"):
         return False
-    is_installed = "site-packages" in file or "dist-packages" in file
     is_pythons = file.startswith(tuple(_PYTHON_FOLDERS))
-    return not (is_installed or is_pythons) and sys.modules.get(name) is module
+    # Thousands of modules are looked at, and building a path takes longest.
+    return not is_pythons and sys.modules.get(name) is module and Path(file).is_absolute()
 
 
 def _run_item(references: "_FunctionReferences", item: Any, n_threads: int) -> Any:

@@ -89,15 +89,13 @@ class ReportStage(Stage):
         document, verdict = contents.build_document(changes, regressions, table, comparisons)
 
         def write_files(folder: Path) -> None:
-            (folder / HTML_FILE).write_text(document.render_html(), encoding="utf-8")
-            (folder / MARKDOWN_FILE).write_text(document.render_markdown(), encoding="utf-8")
+            # Drawing the figures takes most of the stage's time.
+            reports = {HTML_FILE: document.render_html(), MARKDOWN_FILE: document.render_markdown()}
+            for file_name, text in reports.items():
+                (folder / file_name).write_text(text, encoding="utf-8")
             contents.write_paper_figures(folder)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
-            # The folder gets another name when it is complete.
-            reports = {
-                HTML_FILE: document.render_html(),
-                MARKDOWN_FILE: document.render_markdown(),
-            }
+            # The folder gets another name when it is complete: MLflow gets the texts, no paths.
             name, digest = context.pipeline_name, context.stage_digest
             context.records.write(
                 lambda: _log_report(context.tracker, name, digest, reports, verdict)
