@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -208,3 +209,36 @@ def test_blocks_share_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert outer._process.poll() is None
     assert SOCKET_VARIABLE not in os.environ
     assert outer._process.poll() == -signal.SIGKILL and not outer.socket_path.exists()
+
+
+def print_ids_of_forks(n_forks: int, n_threads: int) -> None:
+    """Print what each fork draws in its main thread and in new threads."""
+    from ray import ObjectID
+
+    found: list[str] = []
+
+    def draw() -> None:
+        found.append(ObjectID.from_random().hex())
+
+    for _ in range(n_forks):
+        worker_server._skip_random_ids()
+        child = os.fork()
+        if child == 0:
+            draw()
+            for _ in range(n_threads):
+                thread = threading.Thread(target=draw)
+                thread.start()
+                thread.join()
+            os.write(1, "".join(f"{name}\n" for name in found).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.needs_ray
+def test_no_two_forks_draw_the_same_ids() -> None:
+    done = forked_processes.start_function(
+        print_ids_of_forks, 4, 24, imports=forked_processes.COMMANDS
+    )
+    assert done.wait() == 0, done.err
+    ids = done.out.split()
+    assert len(ids) == 4 * 25 and len(set(ids)) == len(ids)

@@ -180,6 +180,12 @@ _FUNCTION_WRAPPER = RayInternal(
     "a trial whose machine is taken away loses its unfinished epoch",
 )
 
+_GROUP_CLEANER = RayInternal(
+    "ray.train.v2.api.data_parallel_trainer",
+    "PlacementGroupCleanerCallback",
+    "sweep",
+    "a trial with several workers ends ten seconds later where no dashboard runs",
+)
 _PROPAGATED_VARIABLES = RayInternal(
     "ray.tune.execution.class_cache",
     "ENV_VARS_TO_PROPAGATE",
@@ -200,6 +206,7 @@ RAY_INTERNALS = (
     _TOKEN_CHECK,
     _HEAD_NODE_RESOURCE,
     _FUNCTION_WRAPPER,
+    _GROUP_CLEANER,
     _PROPAGATED_VARIABLES,
     RayInternal(
         "ray.train.v2._internal.constants",
@@ -317,6 +324,22 @@ def skip_unused_processes() -> Iterator[None]:
         for name, replacement in replacements.items():
             if name.is_present():
                 restored.enter_context(name.replaced_by(replacement))
+        yield
+
+
+@contextmanager
+def skip_group_cleaner() -> Iterator[None]:
+    """Context manager: groups of workers that start in this block get no process of Ray Train that
+    frees their resources.
+
+    raysweep frees them itself (see `multi_worker_trial`). Ray's process asks the dashboard whether
+    the group is alive. Where none runs it waits ten seconds for the answer, also before it ends.
+    """
+    if not _GROUP_CLEANER.is_present():
+        yield
+        return
+    user_callback = importlib.import_module("ray.train").UserCallback
+    with _GROUP_CLEANER.replaced_by(user_callback):
         yield
 
 

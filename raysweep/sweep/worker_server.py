@@ -43,8 +43,9 @@ _SOCKET_PREFIX = "workers-"
 _STARTED = b"1"
 # Seconds between two checks that another process still runs.
 _POLL_SECONDS = 1.0
-# More ids than one worker ever draws.
+# More ids than the main thread of a worker ever draws, and more threads than a worker has that do.
 _N_SKIPPED_IDS = 2_000
+_N_SKIPPED_THREADS = 64
 
 
 class WorkerServer:
@@ -297,13 +298,18 @@ def _serve_request(
 def _skip_random_ids() -> None:
     """Draw random ids of Ray, so that the next fork draws others.
 
-    Forks inherit the state of the generator: two that started at once would give their first
-    objects the same id, one of them would crash, and the first driver would wait for it forever.
+    Forks inherit the state of the generators: that of this thread, and those that take turns to
+    seed the generator of each new thread. Two forks that gave objects or calls the same ids would
+    crash, or the actor that both of them call, and drivers and trials would wait for it forever.
     """
     from ray import ObjectID
 
     for _ in range(_N_SKIPPED_IDS):
         ObjectID.from_random()
+    for _ in range(_N_SKIPPED_THREADS):
+        thread = threading.Thread(target=ObjectID.from_random)
+        thread.start()
+        thread.join()
 
 
 def _read_request(connection: socket.socket) -> tuple[dict[str, Any] | None, Sequence[int]]:
