@@ -7,7 +7,7 @@ too much rather than too little where a text is unclear.
 import functools
 import os
 import re
-from collections.abc import Sequence, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
 

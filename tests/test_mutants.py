@@ -161,11 +161,14 @@ def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(
         (short_folder / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (short_folder / "project" / name).write_text(text)
     arguments = [sys.executable, short_folder / "script.py", ROOT / "benchmarks", short_folder]
-    # A path of the caller would hide the package of the small project.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # A path of the caller would hide the package of the small project, and plugins of the caller
+    # may lie there.
+    callers = {"PYTHONPATH", "PYTEST_ADDOPTS", "PYTEST_PLUGINS"}
+    environment = {name: value for name, value in os.environ.items() if name not in callers}
     ended = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
+    assert found["code"] == 0, "\n".join(found["log"])
     assert all(test["passed"] for test in found["tests"].values()), "\n".join(found["log"])
     lines = {
         name.partition("::")[2]: set(files["raysweep/work.py"])

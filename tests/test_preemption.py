@@ -211,7 +211,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     from raysweep.sweep.tuner import run_sweep
 
     alpha = "method.terms.pgd.weight.alpha"
-    base = {**TINY, "epochs": 2, "data.train_size": None, "batch_size": 8, "*.attacks.*.steps": 3}
+    base = {**TINY, "epochs": 2, "data.train_size": 640, "batch_size": 8, "*.attacks.*.steps": 3}
     settings = SearchSpace.from_data(
         {
             "method": "lrat",
