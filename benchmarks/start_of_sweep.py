@@ -6,10 +6,13 @@
 Runs `raysweep tune` on a tiny sweep, in turn with the checkouts of --code and with
 `RAYSWEEP_FORK_WORKERS` 1 and 0. Prints a Markdown table: the seconds from the command to the line
 of the first epoch and to its end, and the processor seconds of all its processes until the first
-epoch (least, median, most). Processor seconds depend less on other load.
+epoch (least, median, most). Processor seconds depend less on other load. The epoch itself is not
+subtracted: the line below the table has its seconds. A second table has the memory of the command
+and of the workers that have reported an epoch.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,10 +33,28 @@ SETTINGS = (
 WORKERS = {"1": "forks of a server", "0": "ordinary workers"}
 
 
-def run_sweep(code: Path, forks: str) -> tuple[float, float, float]:
-    """Run one sweep; return the seconds to its first epoch and to its end, and the processor
-    seconds to its first epoch.
+@dataclass(frozen=True)
+class Measured:
+    """One sweep.
+
+    Attributes:
+        first_epoch: Seconds to the line of its first epoch.
+        total: Seconds to its end.
+        processor: Processor seconds of all its processes to the first epoch.
+        epoch: Seconds of the first epoch, with its validation, as the trial has measured them.
+        memory: By "command" and "worker": resident memory, proportional share and private memory
+            in MiB.
     """
+
+    first_epoch: float
+    total: float
+    processor: float
+    epoch: float
+    memory: dict[str, list[tuple[float, float, float]]]
+
+
+def run_sweep(code: Path, forks: str) -> Measured:
+    """Run one sweep."""
     overrides = [argument for setting in SETTINGS for argument in ("--set", setting)]
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
@@ -51,13 +73,21 @@ def run_sweep(code: Path, forks: str) -> tuple[float, float, float]:
         )
         assert process.stdout is not None
         first_epoch = processor = 0.0
+        memory: dict[str, list[tuple[float, float, float]]] = {}
         for line in process.stdout:
             if not first_epoch and " epoch 1/2 " in line:
                 first_epoch = time.monotonic() - began
                 processor = sum_processor_seconds(process.pid)
+            if not memory and " epoch 2/2 " in line:
+                memory = measure_memory(process.pid)
         assert process.wait() == 0 and first_epoch
         total = time.monotonic() - began
-    return first_epoch, total, processor
+        epochs = [
+            json.loads(file.read_text())["history"][0]
+            for file in Path(folder).glob("runs/*/trials/*/epoch-*/meta.json")
+        ]
+    seconds = min(row["train/seconds"] + row["validation_seconds"] for row in epochs)
+    return Measured(first_epoch, total, processor, seconds, memory)
 
 
 def sum_processor_seconds(pid: int) -> float:
@@ -71,6 +101,22 @@ def sum_processor_seconds(pid: int) -> float:
     return total
 
 
+def measure_memory(pid: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Return resident memory, proportional share and private memory in MiB of a command and of the
+    workers that train its trials.
+    """
+    command = psutil.Process(pid)
+    found: dict[str, list[tuple[float, float, float]]] = {"command": [], "worker": []}
+    for process in [command, *command.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            is_worker = "".join(process.cmdline()).startswith("ray::ImplicitFunc")
+            if is_worker or process == command:
+                memory = process.memory_full_info()
+                sizes = (memory.rss / 2**20, memory.pss / 2**20, memory.uss / 2**20)
+                found["worker" if is_worker else "command"].append(sizes)
+    return found
+
+
 def main() -> None:
     """Read the arguments, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -79,14 +125,20 @@ def main() -> None:
     parser.add_argument("--forks", nargs="+", choices=WORKERS, default=list(WORKERS))
     args = parser.parse_args()
     cases = [(code, forks) for code in args.code for forks in args.forks]
-    seconds: dict[tuple[Path, str], list[tuple[float, float, float]]] = {case: [] for case in cases}
+    measured: dict[tuple[Path, str], list[Measured]] = {case: [] for case in cases}
     for _ in range(args.rounds):
         for case in cases:
-            seconds[case].append(run_sweep(*case))
-    rows = [
-        [str(code), WORKERS[forks], *(_summarize(column) for column in zip(*measured, strict=True))]
-        for (code, forks), measured in seconds.items()
-    ]
+            measured[case].append(run_sweep(*case))
+    rows, sizes = [], []
+    for (code, forks), found in measured.items():
+        columns = zip(*((one.first_epoch, one.total, one.processor) for one in found), strict=True)
+        rows.append([str(code), WORKERS[forks], *map(_summarize, columns)])
+        for name in ("command", "worker"):
+            of_processes = [size for one in found for size in one.memory.get(name, [])]
+            medians = [
+                f"{statistics.median(column):.0f}" for column in zip(*of_processes, strict=True)
+            ]
+            sizes.append([str(code), WORKERS[forks], name, *(medians or ["-"] * 3)])
     print(f"{describe_machine()}; n = {args.rounds}\n")
     head = [
         "code",
@@ -96,11 +148,17 @@ def main() -> None:
         "processor s to the first epoch",
     ]
     print(format_table(head, rows))
+    epochs = [one.epoch for found in measured.values() for one in found]
+    print(f"\nThe first epoch itself: {_summarize(tuple(epochs), 2)} s\n")
+    head = ["code", "workers", "process", "resident, MiB", "proportional share", "private"]
+    print(format_table(head, sizes))
 
 
-def _summarize(values: tuple[float, ...]) -> str:
+def _summarize(values: tuple[float, ...], digits: int = 1) -> str:
     """Return least, median and most."""
-    return f"{min(values):.1f}, {statistics.median(values):.1f}, {max(values):.1f}"
+    return ", ".join(
+        f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
 
 
 if __name__ == "__main__":
