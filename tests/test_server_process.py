@@ -56,7 +56,11 @@ SERVES = """
 with run_worker_server(folder) as server:
     assert type(server._process) is ForkedProcess
     from ray import ObjectID
-    ids = [ObjectID.from_random().hex() for _ in range(3)]
+    ids = [ObjectID.from_random().hex() for _ in range(10_000)]
+    for _ in range(300):
+        thread = threading.Thread(target=lambda: ids.append(ObjectID.from_random().hex()))
+        thread.start()
+        thread.join()
     facts = [server._process.pid, str(server.socket_path), "torch" in sys.modules, ids]
     print(json.dumps(facts), flush=True)
     time.sleep(600)
@@ -97,7 +101,7 @@ def test_workers_of_a_forked_server_share_its_imports_and_nothing_else(tmp_path:
     facts = read_facts(worker)
     assert facts["parent"] == pid and facts["has_torch"] and facts["variable"] == "42"
     assert facts["arguments"] == [str(tmp_path / "runs")]
-    assert facts["id"] not in ids
+    assert len({*ids, *facts["ids"]}) == 10_303, "Ray's random ids of both differ"
     server = psutil.Process(pid)
     command.kill()
     command.wait()

@@ -23,7 +23,7 @@ from raysweep.sweep import worker_server
 from raysweep.sweep.worker_server import SOCKET_VARIABLE, WorkerServer, run_worker_server
 
 WORKER = """
-import json, os, sys, time
+import json, os, sys, threading, time
 from pathlib import Path
 facts = {
     "arguments": sys.argv[1:],
@@ -35,7 +35,11 @@ facts = {
 }
 if "ray" in sys.modules:
     from ray import ObjectID
-    facts["id"] = ObjectID.from_random().hex()
+    ids = facts["ids"] = [ObjectID.from_random().hex()]
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: ids.append(ObjectID.from_random().hex()))
+        thread.start()
+        thread.join()
 print(json.dumps(facts), flush=True)
 while Path(sys.argv[1]).exists():
     time.sleep(0.01)
@@ -84,7 +88,7 @@ def test_a_worker_is_a_fork_with_the_environment_of_its_launcher(
 ) -> None:
     worker = launch(tmp_path, {}, niceness=7)
     facts = read_facts(worker)
-    facts.pop("id")
+    facts.pop("ids")
     assert facts == {
         "arguments": [str(tmp_path / "runs")],
         "folder": str(tmp_path),

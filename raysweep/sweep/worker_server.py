@@ -46,6 +46,8 @@ _POLL_SECONDS = 1.0
 # More ids than the main thread of a worker ever draws, and more threads than a worker has that do.
 _N_SKIPPED_IDS = 2_000
 _N_SKIPPED_THREADS = 64
+# More threads than a driver has that do.
+_N_DRIVER_THREADS = 1_000
 
 
 class WorkerServer:
@@ -102,7 +104,7 @@ def _start_process(listener: socket.socket) -> "ForkedProcess | NewInterpreter":
         return NewInterpreter(arguments, listener, _NO_JOB)
     with set_environment(_make_import_environment() | _NO_JOB):
         import_in_thread((*_EARLY_IMPORTS, *_RAY_IMPORTS))
-    return ForkedProcess(lambda: _serve(listener), listener)
+    return ForkedProcess(lambda: _serve_as_fork(listener), listener)
 
 
 def _make_import_environment() -> dict[str, str]:
@@ -272,6 +274,16 @@ def _serve(listener: socket.socket) -> None:
             os.close(stream)
 
 
+def _serve_as_fork(listener: socket.socket) -> None:
+    """Serve in a fork of the driver, whose workers must not draw the driver's random ids either.
+
+    The driver goes on with the same state of what seeds the generators of new threads, and of that
+    of its main thread, which has drawn nothing yet.
+    """
+    _draw_in_new_threads(_N_DRIVER_THREADS)
+    _serve(listener)
+
+
 def _serve_request(
     request: dict[str, Any],
     streams: Sequence[int],
@@ -306,7 +318,14 @@ def _skip_random_ids() -> None:
 
     for _ in range(_N_SKIPPED_IDS):
         ObjectID.from_random()
-    for _ in range(_N_SKIPPED_THREADS):
+    _draw_in_new_threads(_N_SKIPPED_THREADS)
+
+
+def _draw_in_new_threads(n_threads: int) -> None:
+    """Draw one random id in each of so many new threads."""
+    from ray import ObjectID
+
+    for _ in range(n_threads):
         thread = threading.Thread(target=ObjectID.from_random)
         thread.start()
         thread.join()
