@@ -12,6 +12,7 @@ the best of them.
 
 import heapq
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -226,22 +227,27 @@ class Replay:
         reached: Last epoch of each setting tried, in the order of the trials.
         trained: Epochs that each of them trained itself.
         unfinished: Settings that trained when the budget ended.
+        ranked: Settings that have a score, best first.
     """
 
     choice_by_epoch: list[int] = field(default_factory=list)
     reached: dict[int, int] = field(default_factory=dict)
     trained: dict[int, int] = field(default_factory=dict)
     unfinished: set[int] = field(default_factory=set)
+    ranked: list[int] = field(default_factory=list)
 
 
-def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay:
-    """Run a sweep on the table, until it has trained for `max_epochs`.
+def simulate(
+    table: Table, search: Search, max_epochs: int, seed: int, max_trials: int = sys.maxsize
+) -> Replay:
+    """Run a sweep on the table, until it has trained for `max_epochs` or all trials have ended.
 
     Args:
         table: The curves.
         search: Sampler and scheduler.
         max_epochs: Epochs after which no trial trains another one.
         seed: Which recorded seed the trials train with.
+        max_trials: Number of trials after which the sampler is asked for no more.
     """
     replay = Replay()
     reached = replay.reached
@@ -250,7 +256,8 @@ def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay
     scores: dict[int, tuple[float, float]] = {}
     while len(replay.choice_by_epoch) < max_epochs:
         while len(running) < CONCURRENCY:
-            setting = search.propose([*reached])
+            # A paused trial continues only if it is proposed again.
+            setting = search.propose([*reached]) if len(reached) < max_trials else None
             if setting is None:
                 break
             reached.setdefault(setting, 0)
@@ -274,6 +281,7 @@ def simulate(table: Table, search: Search, max_epochs: int, seed: int) -> Replay
         if search.report(setting, seed, epoch):
             heapq.heappush(running, (now + 1, setting))
     replay.unfinished = {setting for _, setting in running}
+    replay.ranked = sorted(scores, key=lambda number: scores[number], reverse=True)
     return replay
 
 
