@@ -4,8 +4,10 @@
     python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
 
 Both run in this environment, so the other commit needs the same dependencies. The sampler and the
-trainings use the same seed. The best trial of each sweep is attacked by full AutoAttack on the
-whole test set. Results stay in WORK: the same command resumes an interrupted run.
+trainings use the same seed. AutoAttack on finalists and base runs, which only the later version
+has, are left out of its sweeps. The checkpoint that each sweep chose is evaluated on all test
+images by the objective of this version. Results stay in WORK: the same command resumes an
+interrupted run.
 """
 
 import json
@@ -21,6 +23,10 @@ from command_line import create_parser
 from measure import describe_machine, describe_mean, format_table
 
 from raysweep.atomic_files import atomic_open
+from raysweep.data import load_data
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.search_space import load_space
+from raysweep.training.checkpoint import read_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -41,28 +47,46 @@ def call(code: Path, folder: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+def evaluate_best(folder: Path, method: str) -> float:
+    """Return the objective on all test images of the checkpoint that a sweep chose.
+
+    Args:
+        folder: Folder of the sweep, of either version.
+        method: Method of the sweep.
+    """
+    ledger = Ledger.open(folder)
+    best = ledger.find_best_trial()
+    assert best is not None
+    saved = read_checkpoint(ledger.best_checkpoint_path(best))
+    config = load_space(method, {}).trial_config({})
+    model = saved.load_weights(saved.config.model.build_model(1, 10, 0)).eval()
+    validation = config.validation.replace(size=None, scales=())
+    return float(validation(model, load_data(config.data).test)["robust_worst"])
+
+
 def run_sweep(
     code: Path, folder: Path, method: str, seed: int, options: list[str]
 ) -> dict[str, Any]:
-    """Run a sweep, or its rest, and attack its best trial.
+    """Run a sweep, or its rest, and evaluate the checkpoint that it chose.
 
     Returns:
-        `robust`: accuracy under AutoAttack on test images; `epochs`: epochs trained by the sweep,
-        those of base runs included; `processor_seconds`: of what ran now.
+        `robust`: the objective on test images; `epochs`: epochs trained by the sweep;
+        `processor_seconds`: of what ran now.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     space = yaml.safe_load((code / "search_spaces" / f"{method}.yaml").read_text())
     space["sampler"]["seed"] = seed
+    if code == HERE:
+        space |= {"finalists": 0, "base_runs": 0}
     (folder / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     start = ["tune", "--space", str(folder / "space.yaml"), "--name", "sweep"]
     start += ["--set", f"seed={seed}", *options]
     is_started = (folder / "runs" / "sweep" / "sweep.json").exists()
     facts = call(code, folder, *(["tune", "--resume", "sweep"] if is_started else start))
-    evaluation = call(code, folder, "eval", "sweep")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        "robust": evaluation["robust_accuracy"],
+        "robust": evaluate_best(folder / "runs" / "sweep", method),
         "epochs": facts["epochs"]["trained"],
         "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "machine": describe_machine(),
@@ -101,7 +125,7 @@ def main() -> None:
         after["robust"] - before["robust"]
         for before, after in zip(results["before"], results["after"], strict=True)
     ]
-    header = ["version", "seeds", "AutoAttack on test", "epochs trained", "processor seconds"]
+    header = ["version", "seeds", "robust worst on test", "epochs trained", "processor seconds"]
     print(describe_machine())
     print(format_table(header, rows))
     print(f"after minus before, same seed: {describe_mean(difference)}")
