@@ -92,21 +92,14 @@ class Table:
         """Return the score of a trial after an epoch, and what breaks ties of it; -1 within the
         burn-in.
         """
-        means = self._average_epochs(setting, seed, epoch)
-        if not means:
-            return -1.0, 0.0
         first = int(self.burn_in[setting])
-        best = first + int(self.objective[setting, seed, first:epoch].argmax())
-        return max(means), float(self.margin[setting, seed, best])
-
-    def rung_value(self, setting: int, seed: int, epoch: int) -> float:
-        """Return by what ASHA compares a trial at an epoch after its burn-in."""
-        return self._average_epochs(setting, seed, epoch)[-1]
-
-    def _average_epochs(self, setting: int, seed: int, epoch: int) -> list[float]:
-        rule = SelectionRule("", int(self.burn_in[setting]), score_epochs=self.score_epochs)
-        curve = enumerate(self.objective[setting, seed, :epoch].tolist(), 1)
-        return average_epochs([*curve], rule)
+        if epoch <= first:
+            return -1.0, 0.0
+        values = self.objective[setting, seed, :epoch]
+        rule = SelectionRule("", first, score_epochs=self.score_epochs)
+        best = first + int(values[first:].argmax())
+        score = max(average_epochs([*enumerate(values.tolist(), 1)], rule))
+        return score, float(self.margin[setting, seed, best])
 
 
 def load_table(path: Path, name: str) -> Table:
@@ -205,7 +198,7 @@ class Asha:
             rung *= self.reduction_factor
         if rung != epoch:
             return False
-        value = table.rung_value(setting, seed, epoch)
+        value = float(table.objective[setting, seed, epoch - 1])
         values = self.values.setdefault(rung, [])
         values.append(value)
         n_promoted = max(1, len(values) // self.reduction_factor)

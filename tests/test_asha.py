@@ -91,25 +91,6 @@ def test_the_best_of_those_that_have_arrived_go_on(
     assert [rungs.stops(number, 2, value) for number, value in enumerate(values)] == stopped
 
 
-@pytest.mark.parametrize("remembered", [False, True])
-@pytest.mark.parametrize(
-    # At epoch 4 trial 0 has the mean of its epochs 2 to 4, (0.5 + 0.6 + 0.4) / 3, or of 3 and 4.
-    ("score_epochs", "values"),
-    [(None, (0.401, 0.399)), (1, (0.401, 0.399)), (2, (0.501, 0.499)), (3, (0.501, 0.499))],
-)
-def test_a_rung_compares_means_over_the_epochs_of_a_score(
-    score_epochs: int | None, values: tuple[float, float], remembered: bool, tmp_path: Path
-) -> None:
-    curve = [[1, 0.9], [2, 0.5], [3, 0.6], [4, 0.4]]
-    settings = {"scheduler": {"grace_period": 4}, "score_epochs": score_epochs}
-    past = [Trial(0, {BURN_IN: 0}, "finished", 4, curve=curve)] if remembered else []
-    rungs = Rungs(tmp_path, *past, **settings)
-    assert not any(rungs.stops(0, int(epoch), value) for epoch, value in curve)
-    for number, value in enumerate(values, 1):
-        # Its weights act from epoch 4 on, so its score is that of one epoch.
-        assert rungs.stops(number, 4, value, burn_in=3) == (value == min(values))
-
-
 def test_a_tie_at_a_rung_goes_on(tmp_path: Path) -> None:
     rungs = Rungs(tmp_path)
     assert [

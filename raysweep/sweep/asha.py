@@ -8,9 +8,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.search_space import Params
 from raysweep.sweep.trial import Trial
-from raysweep.training.selection import SelectionRule, average_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +18,7 @@ class AshaScheduler(FIFOScheduler):
 
     Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
     1 / reduction_factor of the trials continue. A trial's rungs within its own burn-in are ignored,
-    because its weights have no effect there. Trials are compared by their mean objective over the
-    last `SearchSpace.score_epochs` epochs after their burn-ins.
+    because its weights have no effect there.
 
     Args:
         ledger: The sweep. Epochs that its trials reported before are recorded first.
@@ -35,48 +32,39 @@ class AshaScheduler(FIFOScheduler):
             rung: [] for rung in self._space.scheduler.rungs(max_epochs)
         }
         self._recorded_rungs: set[tuple[int, int]] = set()
-        # By number of the trial: epoch -> objective.
-        self._curves: dict[int, dict[int, float]] = {}
         for trial in ledger.load_trials():
+            burn_in = self._space.trial_config(trial.params).burn_in
             for epoch, value in trial.curve:
-                self._record_epoch(int(epoch), trial.number, trial.params, value)
+                self._record_rung(int(epoch), trial.number, burn_in, value)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
         if Trial.from_tune_config(trial.config).kind != "trial":
             return str(TrialScheduler.CONTINUE)
-        objective = result.get(self._space.objectives[0])
-        epoch, number = result.get("epoch"), trial.config["number"]
-        if objective is None or epoch is None:
+        value = result.get(self._space.objectives[0])
+        epoch = result.get("epoch")
+        # Building the config is slow, and only needed at rungs.
+        if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
-        value = self._record_epoch(epoch, number, trial.config["params"], objective)
-        if value is not None and not self._is_promotable(epoch, value):
-            self._log_stop(number, epoch, value)
+        burn_in = self._space.trial_config(trial.config["params"]).burn_in
+        is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
+        if is_new and not self._is_promotable(epoch, value):
+            self._log_stop(trial.config["number"], epoch, value)
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 
-    def _record_epoch(
-        self, epoch: int, trial_number: int, params: Params, objective: float
-    ) -> float | None:
-        """Record an epoch of a trial.
+    def _record_rung(self, epoch: int, trial_number: int, burn_in: int, value: float) -> bool:
+        """Record the value if `epoch` is a rung that the trial reaches for the first time.
 
-        Returns the value by which the trial is compared if `epoch` is a rung that it reaches for
-        the first time; else None.
+        Returns whether it was recorded.
         """
-        curve = self._curves.setdefault(trial_number, {})
-        curve[epoch] = objective
-        # Building the config is slow, and only needed at rungs.
-        if epoch not in self._rung_values or (epoch, trial_number) in self._recorded_rungs:
-            return None
-        burn_in = self._space.trial_config(params).burn_in
-        if epoch <= burn_in:
-            return None
-        rule = SelectionRule("", burn_in, score_epochs=self._space.score_epochs or 1)
-        reached = [pair for pair in sorted(curve.items()) if pair[0] <= epoch]
-        value = average_epochs(reached, rule)[-1]
+        if epoch <= burn_in or epoch not in self._rung_values:
+            return False
+        if (epoch, trial_number) in self._recorded_rungs:
+            return False
         self._recorded_rungs.add((epoch, trial_number))
         insort(self._rung_values[epoch], value)
-        return value
+        return True
 
     def _is_promotable(self, epoch: int, value: float) -> bool:
         """Check whether `value` is among the best 1 / reduction_factor of the rung's values."""
@@ -91,13 +79,13 @@ class AshaScheduler(FIFOScheduler):
     def _log_stop(self, trial_number: int, epoch: int, value: float) -> None:
         """Log the numbers for which a trial is stopped."""
         cut, n_promoted = self._find_cut(epoch)
-        n_values, name = len(self._rung_values[epoch]), self._space.score_name
+        n_values, objective = len(self._rung_values[epoch]), self._space.objectives[0]
         logger.info(
             "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
             "%d of %d trials that were there past their burn-ins",
             trial_number,
             epoch,
-            name,
+            objective,
             value,
             cut,
             n_promoted,

@@ -306,12 +306,12 @@ class SearchSpace(Spec):
     """Validation metric to maximise, or a list of several for a Pareto front. The first decides
     which epoch of a trial is its best."""
     score_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of epochs that the score of a trial averages. Trials are ranked by their scores, and
-    the sampler and ASHA compare these: the best mean of the metric over so many consecutive
-    validated epochs after the burn-in, or over all while there are fewer. The best epoch alone is
-    partly best by luck. It remains the checkpoint of its trial. 1: the score is the metric of the
-    best epoch. null: 2 in a new sweep with one metric; 1 with several, and in a sweep of an earlier
-    version."""
+    """Number of epochs that the score of a trial averages. Trials are ranked by their scores, which
+    the sampler is told, too: the best mean of the metric over so many consecutive validated epochs
+    after the burn-in, or over all while there are fewer. The best epoch alone is partly best by
+    luck. It remains the checkpoint of its trial, and ASHA compares single epochs. 1: the score is
+    the metric of the best epoch. null: 2 in a new sweep with one metric; 1 with several, and in a
+    sweep of an earlier version."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
