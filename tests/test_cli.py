@@ -289,8 +289,9 @@ def test_show_tells_names_of_several_things_apart(capsys) -> None:
 
 
 @pytest.mark.mlflow
-def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
-    assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0
+def test_train_tracks_and_tells_where(workdir: Path, capsys, training_plots) -> None:
+    with training_plots():
+        assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert Path(result["checkpoint"]) == workdir / "runs" / "mine" / "epoch-0001"
@@ -586,7 +587,6 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert (run / "meta.json").read_text() == "precious"
     assert {path.name for path in (workdir / "runs").rglob("*")} == {
         "first",
-        "lock",
         "epoch-0001",
         "meta.json",
     }

@@ -263,6 +263,7 @@ class _PreparedSweep:
 
     Attributes:
         runs_folder: Folder of all sweeps.
+        sweep_folder: Folder of this one.
         space: Its search space.
         dataset: Its data.
         resources: What a trial holds.
@@ -272,6 +273,7 @@ class _PreparedSweep:
     """
 
     runs_folder: StorePath
+    sweep_folder: StorePath
     space: SearchSpace
     dataset: DatasetSplits
     resources: Resources
@@ -327,7 +329,7 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     """Check everything that the sweep needs, before it starts; its cluster starts meanwhile."""
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.sweep.cluster_start import prepare_cluster
-    from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.ledger import Ledger, check_folder_is_free
 
     runs_folder = resolve_runs_folder(
         request.out, request.storage, for_writing=not request.plan_only
@@ -337,6 +339,9 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         resumed_ledger = Ledger.open(runs_folder / check_plain_name(request.resume, "--resume"))
     space = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
+    sweep_folder = runs_folder / _choose_sweep_name(request, space)
+    if not request.plan_only and resumed_ledger is None:
+        check_folder_is_free(sweep_folder)
     is_finished = (
         resumed_ledger is not None
         and resumed_ledger.space == space
@@ -355,7 +360,14 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         if warm_start is not None:
             space = warm_start.add_points(space)
         yield _PreparedSweep(
-            runs_folder, space, dataset, resources, resumed_ledger, is_finished, warm_start
+            runs_folder,
+            sweep_folder,
+            space,
+            dataset,
+            resources,
+            resumed_ledger,
+            is_finished,
+            warm_start,
         )
 
 
@@ -442,7 +454,7 @@ def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> Ended
     is_finished, warm_start = prepared.is_finished, prepared.warm_start
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
-    sweep_folder = prepared.runs_folder / _choose_sweep_name(request, space)
+    sweep_folder = prepared.sweep_folder
     _check_disk_space(sweep_folder, space, dataset)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
     display = SweepDisplay(create_progress_console())

@@ -106,14 +106,7 @@ class Ledger:
             InfrastructureError: If the folder cannot be written.
         """
         path = open_path(path)
-        top_names = {file.key[len(path.key) + 1 :].split("/")[0] for file in path.list_files()}
-        if "sweep.json" in top_names:
-            raise SpecError(
-                f"there is a sweep in {path}: continue it with "
-                f"`--resume {path.name}`, or choose another --name"
-            )
-        if any(name != "lock" and not name.startswith(".") for name in top_names):
-            raise SpecError(f"{path} holds other files than a sweep: choose another --name")
+        check_folder_is_free(path)
         ledger = cls(path, space.with_absolute_paths(), uuid4().hex)
         try:
             ledger._save_space()
@@ -605,6 +598,25 @@ class Ledger:
         """Write sweep.json."""
         content = {"key": self.key, "space": self.space.to_stored_dict()}
         (self.path / "sweep.json").write_json(content, indent=1)
+
+
+def check_folder_is_free(path: StorePath) -> None:
+    """Check that a folder can become that of a new sweep.
+
+    Args:
+        path: The folder; it may exist if it is empty or holds only a lock.
+
+    Raises:
+        SpecError: If the folder holds other files.
+    """
+    top_names = {file.key[len(path.key) + 1 :].split("/")[0] for file in path.list_files()}
+    if "sweep.json" in top_names:
+        raise SpecError(
+            f"there is a sweep in {path}: continue it with "
+            f"`--resume {path.name}`, or choose another --name"
+        )
+    if any(name != "lock" and not name.startswith(".") for name in top_names):
+        raise SpecError(f"{path} holds other files than a sweep: choose another --name")
 
 
 @contextmanager
