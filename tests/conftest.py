@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +234,26 @@ def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracker, "_connect", copied)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training_plots() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Leave the figures of runs out of MLflow: they take longer than a small training. A test that
+    reads them records its run `with training_plots():`.
+    """
+    from raysweep.tracking.mlflow_tracker import Tracker
+
+    log_training_plots = Tracker.log_training_plots
+
+    @contextmanager
+    def draw() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tracker, "log_training_plots", log_training_plots)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "log_training_plots", lambda *arguments: None)
+        yield draw
 
 
 @pytest.fixture(scope="session")

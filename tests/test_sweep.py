@@ -75,11 +75,15 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def finished_sweep(ray_cluster, tmp_path_factory) -> tuple[Ledger, Recorder, Tracker]:
+def finished_sweep(
+    ray_cluster, tmp_path_factory, training_plots
+) -> tuple[Ledger, Recorder, Tracker]:
     path = tmp_path_factory.mktemp("sweep")
     ledger = Ledger.create(path / "runs" / "one", space())
     recorder, tracker = Recorder(), Tracker(f"sqlite:///{path}/mlflow.db", path / "mlruns")
-    run_sweep(ledger, [SweepTracker(tracker, load_data(space().trial_config({}).data)), recorder])
+    listener = SweepTracker(tracker, load_data(space().trial_config({}).data))
+    with training_plots():
+        run_sweep(ledger, [listener, recorder])
     # Before another test resumes a copy, whose runs have the same artifacts.
     recorder.n_uploaded = len(list((path / "mlruns").rglob("artifacts/checkpoint")))
     return ledger, recorder, tracker
