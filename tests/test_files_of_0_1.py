@@ -592,9 +592,8 @@ def test_digests_of_spaces_pipelines_and_papers() -> None:
         for name in list_old_names("spaces")
     } == list_old_names("spaces")
     pipelines, papers = list_old_names("pipelines"), list_old_names("papers")
-    assert {
-        name for name in pipelines if load_pipeline(name, {})[1].digest() != pipelines[name]
-    } == {
+    loaded = {name: load_pipeline(name, {})[1] for name in pipelines}
+    assert {name for name in pipelines if loaded[name].digest() != pipelines[name]} == {
         *(f"gairat-fig{number}" for number in range(11, 19)),
         *CHANGED_TABLES,
         # It says that it takes the first test images, which was the only way. Its stages' digests
@@ -606,7 +605,7 @@ def test_digests_of_spaces_pipelines_and_papers() -> None:
     } == CHANGED_TABLES
     for name in CHANGED_TABLES:
         table = load_paper_table(name)
-        runs = load_pipeline(name, {})[1].stages[0].runs
+        runs = loaded[name].stages[0].runs
         assert runs.keys() == table.rows.keys() == table.models.keys()
         if name != "gairat-table3":
             assert table_of_0_1(name).digest() == papers[name]

@@ -105,6 +105,7 @@ OF_25_STEPS = {
     "batch_size": 8,
     "*.attacks.*.steps": 3,
     "validation.finish.*.steps": 3,
+    "validation.finish.*.runs": 1,
 }
 
 

@@ -82,13 +82,13 @@ def test_what_does_not_decide_the_weights_does_not_part_the_chain(
 
 
 CASES = {
-    "gairat burn-in": [("gairat", {"epochs": 4, BURN_IN: 2, LAM: lam}) for lam in (-1.0, 1.0)],
-    "at then gairat": [("at", {"epochs": 3}), ("gairat", {"epochs": 4, BURN_IN: 2, LAM: 0.0})],
+    "gairat burn-in": [("gairat", {"epochs": 3, BURN_IN: 2, LAM: lam}) for lam in (-1.0, 1.0)],
+    "at then gairat": [("at", {"epochs": 3}), ("gairat", {"epochs": 3, BURN_IN: 2, LAM: 0.0})],
     "fat tau": [
         (
             "fat",
             {
-                "epochs": 4,
+                "epochs": 3,
                 "method__attacks__pgd__tau": {
                     "kind": "piecewise",
                     "boundaries": [2],
@@ -98,7 +98,7 @@ CASES = {
         )
         for t in (1, 2)
     ],
-    "more epochs": [("at", {"epochs": 2}), ("at", {"epochs": 4})],
+    "more epochs": [("at", {"epochs": 2}), ("at", {"epochs": 3})],
 }
 
 
@@ -156,7 +156,7 @@ def train_beside_another(config: TrainingConfig, root: Path, name: str) -> None:
 
 
 def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
-    configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
+    configs = [tiny("gairat", epochs=5, **{BURN_IN: 4, LAM: lam}) for lam in (-1.0, 1.0)]
     processes = [
         forked_processes.start_function(train_beside_another, config, tmp_path, str(number))
         for number, config in enumerate(configs)
@@ -164,9 +164,9 @@ def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
     assert [process.wait() for process in processes] == [0, 0]
     rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     trained = sum(not row.get("shared") for part in rows for row in part)
-    assert trained == 6 + 2 + 2
-    assert [row["robust_worst"] for row in rows[0][:6]] == [
-        row["robust_worst"] for row in rows[1][:6]
+    assert trained == 4 + 1 + 1
+    assert [row["robust_worst"] for row in rows[0][:4]] == [
+        row["robust_worst"] for row in rows[1][:4]
     ]
 
 

@@ -60,7 +60,9 @@ def swallowed(path: Path) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, place)
 
-    yield from visit(ast.parse(path.read_text()), "")
+    text = path.read_text()
+    if "except" in text or "suppress" in text:
+        yield from visit(ast.parse(text), "")
 
 
 def test_only_the_command_line_prints() -> None:
@@ -68,6 +70,7 @@ def test_only_the_command_line_prints() -> None:
         name_of(path)
         for path in FILES
         if path.relative_to(ROOT).parts[0] not in PRINTING
+        and ("print" in path.read_text() or "stdout" in path.read_text())
         for name in called_names(ast.parse(path.read_text()).body)
         if name in ("print", "rich.print", "sys.stdout.write")
     }

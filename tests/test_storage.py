@@ -133,14 +133,14 @@ def test_the_variables_of_amazons_tools_name_the_server(monkeypatch: pytest.Monk
 
 
 def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path) -> None:
-    config, path = tiny("at", epochs=4), open_path(any_uri) / "run"
+    config, path = tiny("at", epochs=3), open_path(any_uri) / "run"
     there = train_model(config, path)
     alone = train_model(config, tmp_path / "alone")
-    kept = {f"epoch-{epoch:04d}" for epoch in (4, there.best_checkpoint.epoch)}
+    kept = {f"epoch-{epoch:04d}" for epoch in (3, there.best_checkpoint.epoch)}
     assert {Path(name).parts[0] for name in in_bucket(path)} == {*kept, "histograms"}
     delete_local_copy(tmp_path)
     last = RunDirectory(path).read_last_checkpoint()
-    assert last is not None and last.epoch == 4 and last.config == config
+    assert last is not None and last.epoch == 3 and last.config == config
     one, two = (
         load_file(saved.local_folder / WEIGHTS_FILE) for saved in (last, alone.last_checkpoint)
     )
@@ -148,7 +148,7 @@ def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path
     delete_local_copy(tmp_path)
     rows = []
     train_model(
-        tiny("at", epochs=4), path, FunctionCallback(lambda metrics, saved: rows.append(metrics))
+        tiny("at", epochs=3), path, FunctionCallback(lambda metrics, saved: rows.append(metrics))
     )
     assert rows == last.history, "nothing is trained again"
 
@@ -186,21 +186,21 @@ def test_what_earlier_versions_wrote_is_read(uri: str) -> None:
 
 
 def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:
-    config, path = tiny("at", epochs=3), open_path(any_uri) / "run"
-    train_model(tiny("at", epochs=3), path, FunctionCallback(lambda metrics, saved: None))
-    whole = checkpoint.read_checkpoint(path / "epoch-0003")
+    config, path = tiny("at", epochs=2), open_path(any_uri) / "run"
+    train_model(tiny("at", epochs=2), path, FunctionCallback(lambda metrics, saved: None))
+    whole = checkpoint.read_checkpoint(path / "epoch-0002")
     # The process dies between two files: of a push, and of a drop.
-    for file in (path / "epoch-0003" / META_FILE, path / "epoch-0003" / "state.safetensors"):
+    for file in (path / "epoch-0002" / META_FILE, path / "epoch-0002" / "state.safetensors"):
         file.delete()
-        assert 3 not in RunDirectory(path).list_saved_epochs()
-        assert (path / "epoch-0003").fetch_checkpoint() is None
-        assert not (path / "epoch-0003").working_path.exists()
-    assert "epoch-0003/weights.safetensors" in in_bucket(path)
+        assert 2 not in RunDirectory(path).list_saved_epochs()
+        assert (path / "epoch-0002").fetch_checkpoint() is None
+        assert not (path / "epoch-0002").working_path.exists()
+    assert "epoch-0002/weights.safetensors" in in_bucket(path)
     again = train_model(config, path).last_checkpoint
     assert again.history[-1]["robust_worst"] == whole.last_metrics["robust_worst"]
     assert (
         again.meta["sha256"] == whole.meta["sha256"]
-        and RunDirectory(path).list_saved_epochs()[-1] == 3
+        and RunDirectory(path).list_saved_epochs()[-1] == 2
     )
 
 
@@ -246,7 +246,7 @@ def train_beside_another(config: TrainingConfig, uri: str, name: str, told: Path
 
 
 def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -> None:
-    configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
+    configs = [tiny("gairat", epochs=5, **{BURN_IN: 4, LAM: lam}) for lam in (-1.0, 1.0)]
     told = [tmp_path / f"{number}.json" for number in range(2)]
     processes = [
         forked_processes.start_function(
@@ -261,13 +261,13 @@ def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -
     ]
     assert [process.wait() for process in processes] == [0, 0]
     rows = [json.loads(file.read_text()) for file in told]
-    assert sum(not row.get("shared") for part in rows for row in part) == 6 + 2 + 2
-    assert [row["robust_worst"] for row in rows[0][:6]] == [
-        row["robust_worst"] for row in rows[1][:6]
+    assert sum(not row.get("shared") for part in rows for row in part) == 4 + 1 + 1
+    assert [row["robust_worst"] for row in rows[0][:4]] == [
+        row["robust_worst"] for row in rows[1][:4]
     ]
     alone = train_model(configs[1], tmp_path / "alone").last_checkpoint
     assert (
-        checkpoint.read_checkpoint(open_path(any_uri) / "1" / "epoch-0008").meta["sha256"]
+        checkpoint.read_checkpoint(open_path(any_uri) / "1" / "epoch-0005").meta["sha256"]
         == alone.meta["sha256"]
     )
     leases = open_path(any_uri).read_matching("**/*.lease").values()
