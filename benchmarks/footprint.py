@@ -1,6 +1,7 @@
 """Measure how long the command line takes to start, and the memory of a step and of a trial.
 
     python benchmarks/footprint.py
+    python benchmarks/footprint.py --what plan driver    # a part of it
 
 A step's memory is the growth of the peak memory of a new process in one step of GAIRAT (ResNet-18).
 It is measured for a plain step, and for ours with few and with many attack steps, whose graphs must
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -261,12 +263,17 @@ def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
+    parts: dict[str, Callable[[], object]] = {
+        "commands": lambda: time_commands(args.runs, list(COMMANDS)),
+        "plan": lambda: measure_plan(args.runs),
+        "step": lambda: measure_step_memory(args.batch, (2, 8)),
+        "trial": lambda: measure_trial_memory(TRIALS),
+        "driver": lambda: measure_driver_memory(10_000),
+    }
+    parser.add_argument("--what", nargs="+", choices=parts, default=list(parts))
     args = parser.parse_args()
-    time_commands(args.runs, list(COMMANDS))
-    measure_plan(args.runs)
-    measure_step_memory(args.batch, (2, 8))
-    measure_trial_memory(TRIALS)
-    measure_driver_memory(10_000)
+    for name in args.what:
+        parts[name]()
 
 
 if __name__ == "__main__":

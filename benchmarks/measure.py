@@ -62,7 +62,8 @@ def time_rounds(
 class ProcessorSeconds:
     """Context manager that counts the processor seconds of this process and of those below it.
 
-    Processes may end in the block, so all are looked at several times a second.
+    Processes may end in the block, so all are looked at four times a second, in a thread whose own
+    time does not count.
 
     Attributes:
         total: the seconds, once the block has ended.
@@ -74,6 +75,7 @@ class ProcessorSeconds:
         self._names: dict[tuple[int, float], str] = {}
         self._seconds: dict[tuple[int, float], tuple[float, float]] = {}
         self._has_ended = threading.Event()
+        self._spent_looking = 0.0
         self._thread = threading.Thread(target=self._look_until_end)
         self.total = 0.0
 
@@ -87,12 +89,15 @@ class ProcessorSeconds:
         self._thread.join()
         self._look()
         self.total = sum(now - before for before, now in self._seconds.values())
+        self.total -= self._spent_looking
         for key, (before, now) in self._seconds.items():
-            self.by_name[self._names[key]] += now - before  # type: ignore[assignment]
+            own = self._spent_looking if key[0] == os.getpid() else 0.0
+            self.by_name[self._names.get(key, "?")] += now - before - own  # type: ignore[assignment]
 
     def _look_until_end(self) -> None:
-        while not self._has_ended.wait(0.2):
+        while not self._has_ended.wait(0.25):
             self._look()
+        self._spent_looking = time.thread_time()
 
     def _look(self, is_first: bool = False) -> None:
         own = psutil.Process()
@@ -103,8 +108,9 @@ class ProcessorSeconds:
                 now = times.user + times.system
                 before, _ = self._seconds.get(key, (now if is_first else 0.0, 0.0))
                 self._seconds[key] = (before, now)
-                # Workers of Ray change it when they begin an actor.
-                self._names[key] = Path(" ".join(process.cmdline()[:1]) or "?").name
+                # Workers of Ray change it when they begin an actor; one that has ended has none.
+                if command := process.cmdline():
+                    self._names[key] = Path(command[0]).name
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -51,11 +51,12 @@ GRID = {
 
 
 class Clock:
-    """Listener that records when each trial started and reported."""
+    """Listener that records when each trial started and reported, and what the sweep has used."""
 
     def __init__(self) -> None:
         self.started_at: dict[int, float] = {}
         self.waits: list[float] = []
+        self.processor = ProcessorSeconds()
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         self.concurrent = concurrency
@@ -88,7 +89,8 @@ def run_timed_sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float
     dataset = load_data(space.trial_config({}).data)
     ledger = Ledger.create(folder / "runs" / "sweep", space)
     began = time.perf_counter()
-    run_sweep(ledger, [SweepTracker(tracker, dataset), clock], Resources(**resources))
+    with clock.processor:
+        run_sweep(ledger, [SweepTracker(tracker, dataset), clock], Resources(**resources))
     seconds, trials = time.perf_counter() - began, ledger.load_trials()
     print(
         f"{len(trials)} trials, {count_epochs(trials)}, {seconds:.1f} s",
@@ -173,10 +175,10 @@ def measure_overhead(
         with ProcessorSeconds() as bare, ProcessPoolExecutor(2) as pool:
             list(pool.map(train_bare, configs))
         alone.append((time.perf_counter() - began, bare.total))
-        with ProcessorSeconds() as used:
-            _, seconds, clock = run_timed_sweep(space)
-        swept.append((seconds, used.total))
-        parts = ", ".join(f"{name} {part:.1f}" for name, part in used.by_name.most_common())
+        _, seconds, clock = run_timed_sweep(space)
+        swept.append((seconds, clock.processor.total))
+        by_name = clock.processor.by_name.most_common()
+        parts = ", ".join(f"{name} {part:.1f}" for name, part in by_name)
         print(f"processor seconds of the sweep: {parts}", file=sys.stderr, flush=True)
         waits += sorted(clock.waits)[: -clock.concurrent]
     (one, bare_processor), (two, sweep_processor) = (
