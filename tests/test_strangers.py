@@ -38,7 +38,7 @@ def images(n: int = 24) -> tuple[Tensor, Tensor]:
 def brief(eps: float) -> AttackCascade:
     """`apgd-ce,square` in fewer steps, where more would show no more."""
     return AttackCascade(
-        attacks={"apgd-ce": APGD(eps=eps, steps=30), "square": Square(eps=eps, queries=300)}
+        attacks={"apgd-ce": APGD(eps=eps, steps=15), "square": Square(eps=eps, queries=100)}
     )
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -37,9 +38,19 @@ def same_weights(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.fixture(scope="module")
+def run_of_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_model(tiny("at"), folder)
+    return folder
+
+
 def test_training_is_deterministic_and_depends_on_its_seed(tmp_path) -> None:
     a, b, c = (
-        train_model(tiny("lrat", seed=s), tmp_path / name).last_checkpoint.local_folder
+        train_model(
+            tiny("lrat", seed=s, validation__every=2), tmp_path / name
+        ).last_checkpoint.local_folder
         for name, s in (("a", 0), ("b", 0), ("c", 1))
     )
     assert same_weights(a, b)
@@ -47,12 +58,10 @@ def test_training_is_deterministic_and_depends_on_its_seed(tmp_path) -> None:
 
 
 def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
-    at = train_model(tiny("at"), tmp_path / "at").last_checkpoint
+    at = train_model(tiny("at", validation__every=2), tmp_path / "at").last_checkpoint
+    changes = {"method__terms__pgd__weight__lam": "inf", "method__terms__pgd__weight__burn_in": 0}
     gairat = train_model(
-        tiny(
-            "gairat", method__terms__pgd__weight__lam="inf", method__terms__pgd__weight__burn_in=0
-        ),
-        tmp_path / "gairat",
+        tiny("gairat", **changes, validation__every=2), tmp_path / "gairat"
     ).last_checkpoint
     assert same_weights(at.local_folder, gairat.local_folder)
     assert at.last_metrics["robust_worst"] == gairat.last_metrics["robust_worst"]
@@ -69,7 +78,7 @@ def test_the_learning_rate_may_change_after_every_step(tmp_path, monkeypatch) ->
 
     monkeypatch.setattr(EagerSGD, "step", record_rate)
     cycle = {"kind": "interpolated", "epochs": [0, 1, 2], "values": [0.0, 0.2, 0.0]}
-    changes = {"optim__lr": cycle, "data__train_size": 96}
+    changes = {"optim__lr": cycle, "data__train_size": 96, "validation__every": 2}
     by_step = train_model(tiny("at", **changes, optim__lr_per_step=True), tmp_path / "a")
     assert rates == pytest.approx([0.2 / 3, 0.4 / 3, 0.2, 0.4 / 3, 0.2 / 3, 0.0])
     assert [row["train/lr"] for row in by_step.last_checkpoint.history] == pytest.approx([0.2, 0.0])
@@ -83,11 +92,14 @@ def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
     changes = {"method__terms__pgd__weight__burn_in": 1, "method__terms__pgd__weight__lam": -1.0}
     train_model(tiny("gairat", **changes, epochs=1), tmp_path / "one")
     assert same_weights(at, tmp_path / "one" / "epoch-0001")
-    longer_at = train_model(tiny("at"), tmp_path / "at2").last_checkpoint.local_folder
-    assert not same_weights(
-        longer_at,
-        train_model(tiny("gairat", **changes), tmp_path / "two").last_checkpoint.local_folder,
+    longer_at, longer = (
+        train_model(config, tmp_path / name).last_checkpoint.local_folder
+        for name, config in {
+            "at2": tiny("at", validation__every=2),
+            "two": tiny("gairat", **changes, validation__every=2),
+        }.items()
     )
+    assert not same_weights(longer_at, longer)
 
 
 def test_metrics_are_what_they_say(tmp_path) -> None:
@@ -104,10 +116,11 @@ def test_metrics_are_what_they_say(tmp_path) -> None:
     assert fitted.best_checkpoint.epoch == find_best_epoch(config, rows)
 
 
-def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_path) -> None:
+def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(run_of_at) -> None:
     config = tiny("at")
     data = load_data(config.data)
-    saved = train_model(config, tmp_path / "run").last_checkpoint
+    saved = RunDirectory(run_of_at).read_last_checkpoint()
+    assert saved is not None
     model = saved.load_weights(config.model.build_model(1, 10, 0))
     scores = [config.validation(model, data.val) for _ in range(2)]
     assert scores[0] == scores[1]
@@ -195,8 +208,9 @@ def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
     }
 
 
-def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
-    saved = train_model(tiny("at"), tmp_path / "run").last_checkpoint
+def test_a_checkpoint_says_all_that_decided_it(run_of_at) -> None:
+    saved = RunDirectory(run_of_at).read_last_checkpoint()
+    assert saved is not None and saved.epoch == 2
     meta = json.loads((saved.local_folder / "meta.json").read_text())
     assert meta["config"] == tiny("at").to_stored_dict()
     assert torch.__version__.startswith(meta["environment"]["torch"])
@@ -205,8 +219,8 @@ def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "meta.json"])
-def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
-    path = train_model(tiny("at"), tmp_path / "run").last_checkpoint.local_folder
+def test_a_truncated_checkpoint_is_refused_in_one_line(file, run_of_at, tmp_path) -> None:
+    path = shutil.copytree(run_of_at, tmp_path / "run") / "epoch-0002"
     content = (path / file).read_bytes()
     (path / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(DamagedFileError) as error:
@@ -214,10 +228,9 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
     assert len(error.value.problems) == 1 and str(path) in str(error.value)
 
 
-def test_a_folder_with_another_configs_run_is_refused(tmp_path) -> None:
-    train_model(tiny("at"), tmp_path / "run")
+def test_a_folder_with_another_configs_run_is_refused(run_of_at) -> None:
     with pytest.raises(SpecError, match="a run with other settings"):
-        train_model(tiny("at", seed=1), tmp_path / "run")
+        train_model(tiny("at", seed=1), run_of_at)
 
 
 def test_a_loss_of_nan_fails_with_its_reason(tmp_path) -> None:
@@ -241,8 +254,8 @@ def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(
     assert last is not None and last.epoch == 4
 
 
-def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
-    train_model(tiny("at"), tmp_path / "grown")
+def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(run_of_at, tmp_path) -> None:
+    shutil.copytree(run_of_at, tmp_path / "grown")
     grown = train_model(tiny("at", epochs=3), tmp_path / "grown").last_checkpoint
     assert same_weights(
         grown.local_folder,
@@ -279,14 +292,13 @@ def test_the_objective_decides_which_epoch_is_kept(tmp_path) -> None:
     assert fitted.best_checkpoint.local_folder.is_dir()
 
 
-def test_other_data_are_not_trained_on_in_the_same_run(tmp_path) -> None:
+def test_other_data_are_not_trained_on_in_the_same_run(run_of_at) -> None:
     import dataclasses
 
     config = tiny("at")
-    train_model(config, tmp_path / "run")
     other = dataclasses.replace(load_data(config.data), fingerprint="other")
     with pytest.raises(SpecError, match="holds a run on other 'digits' data"):
-        train_model(config, tmp_path / "run", data=other)
+        train_model(config, run_of_at, data=other)
 
 
 def test_a_foreign_meta_is_refused_in_one_line(tmp_path) -> None:
