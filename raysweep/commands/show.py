@@ -414,7 +414,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     state = ", interrupted" if is_interrupted else running
     print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{state}")
     if ledger.space.score_name == "score":
-        print(f"ranked by their {ledger.space.describe_score().rstrip(',')}")
+        print(f"ranked by {ledger.space.describe_score()}")
     if is_interrupted:
         flags = format_location_flags(request.out, request.storage)
         print(f"resume with\n  raysweep tune --resume {ledger.name}{flags}")

@@ -411,7 +411,7 @@ class SearchSpace(Spec):
         objective = self.objectives[0].replace("_", " ")
         if self.score_name != "score":
             return objective
-        return f"score, their best mean {objective} over {self.score_epochs} consecutive epochs,"
+        return f"score (the best mean {objective} over {self.score_epochs} consecutive epochs)"
 
     @property
     def leaders_by_round(self) -> list[int]:
