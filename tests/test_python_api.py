@@ -258,14 +258,14 @@ def test_an_interrupted_sweep_is_an_error_and_resumes(ray_cluster, workdir: Path
     is_over = threading.Event()
     thread = threading.Thread(target=interrupt_after_an_epoch)
     thread.start()
-    settings = {**SETTINGS, "epochs": 40, "scheduler.kind": "none"}
+    settings = {**SETTINGS, "epochs": 20, "scheduler.kind": "none"}
     with pytest.raises(WorkInterrupted, match=r"of 2 trials done; resume .*tune\(resume='g1'"):
         raysweep.tune("at", trials=2, name="g1", settings=settings)
     thread.join()
     sweep = raysweep.load_sweep("g1")
     assert sweep.state == "interrupted" and len(sweep.epochs)
     assert raysweep.tune(resume="g1").state == "finished"
-    assert list(sweep.trials["epochs"]) == [40, 40]
+    assert list(sweep.trials["epochs"]) == [20, 20]
 
 
 @pytest.mark.ray

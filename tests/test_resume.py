@@ -32,6 +32,8 @@ SETTINGS = (
     "data.train_size=320",
     "data.val_size=50",
     "*.attacks.*.steps=3",
+    "validation.finish.*.steps=2",
+    "validation.finish.*.runs=1",
     "finalists=0",
     "base_runs=0",
 )

@@ -554,6 +554,8 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
         "data.train_size=320",
         "data.val_size=50",
         "*.attacks.*.steps=3",
+        "validation.finish.*.steps=2",
+        "validation.finish.*.runs=1",
         "finalists=0",
         "base_runs=0",
     )
