@@ -130,16 +130,16 @@ def test_the_same_process_holds_it_once(tmp_path: Path, has_flock: bool) -> None
 
 
 def contend(folder: Path, has_flock: bool, number: int) -> None:
-    """Take part in every round, which begins when its gate `go` opens."""
+    """Take part in every round, which begins when its gate opens."""
     if not has_flock:
         fcntl.flock = fail_flock(errno.ENOSYS)
     for turn in range(ROUNDS):
         place = folder / str(turn)
-        wait_at_gate(place / "go")
+        wait_at_gate(folder / f"go-{turn}")
         try:
             with hold_folder_lock(place, "it"):
                 (place / f"won-{number}").touch()
-                wait_at_gate(place / "end")
+                wait_at_gate(folder / f"end-{turn}")
         except SpecError:
             (place / f"lost-{number}").touch()
 
@@ -160,7 +160,7 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path, has_fl
     dead = forked_processes.start_function(leave_dead_lock, tmp_path, has_flock)
     assert dead.wait() == -signal.SIGKILL
     for turn, gate in itertools.product(range(ROUNDS), ("go", "end")):
-        make_gate(tmp_path / str(turn) / gate)
+        make_gate(tmp_path / f"{gate}-{turn}")
     contenders = [
         forked_processes.start_function(contend, tmp_path, has_flock, number)
         for number in range(CONTENDERS)
@@ -168,13 +168,13 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path, has_fl
     with ExitStack() as gates:
         for turn in range(ROUNDS):
             place = tmp_path / str(turn)
-            open_gate(place / "go", gates)
+            open_gate(tmp_path / f"go-{turn}", gates)
             deadline = time.monotonic() + 600
             while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
                 assert time.monotonic() < deadline, [process.err for process in contenders]
                 time.sleep(0.002)
             assert len(list(place.glob("won-*"))) == 1, sorted(place.glob("[wl]o*-*"))
-            open_gate(place / "end", gates)
+            open_gate(tmp_path / f"end-{turn}", gates)
         assert [process.wait() for process in contenders] == [0] * CONTENDERS
 
 
