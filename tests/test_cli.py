@@ -442,7 +442,8 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
 
 
 def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
-    assert main(["tune", "lrat", "--plan", "--json"]) == 0
+    few_runs = ["--set", "validation.finish.*.runs=1"]
+    assert main(["tune", "lrat", "--plan", "--json", *few_runs]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["trials"] == 10 and plan["validation_examples"] == 300
     assert plan["base_runs"] == 2
@@ -456,7 +457,8 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
 
 
 def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsys) -> None:
-    changes = {"epochs": 3, "scheduler.grace_period": 2}
+    changes = {"epochs": 3, "scheduler.grace_period": 2, "*.attacks.*.steps": 2}
+    changes |= {"validation.finish.*.steps": 2, "validation.finish.*.runs": 1}
     space = load_space("lrat", changes).replace(trials=16)
     ledger = Ledger.create(workdir / "runs" / "g1", space)
     for number, state in enumerate(("finished", "stopped", "running")):
