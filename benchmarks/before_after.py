@@ -12,7 +12,6 @@ interrupted run.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,11 +69,9 @@ def run_sweep(
     """Run a sweep, or its rest, and evaluate the checkpoint that it chose.
 
     Returns:
-        `robust`: the objective on test images; `epochs`: epochs trained by the sweep;
-        `processor_seconds`: of what ran now.
+        `robust`: the objective on test images; `epochs`: epochs trained by the sweep.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     space = yaml.safe_load((code / "search_spaces" / f"{method}.yaml").read_text())
     space["sampler"]["seed"] = seed
     if code == HERE:
@@ -84,11 +81,9 @@ def run_sweep(
     start += ["--set", f"seed={seed}", *options]
     is_started = (folder / "runs" / "sweep" / "sweep.json").exists()
     facts = call(code, folder, *(["tune", "--resume", "sweep"] if is_started else start))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "robust": evaluate_best(folder / "runs" / "sweep", method),
         "epochs": facts["epochs"]["trained"],
-        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "machine": describe_machine(),
     }
 
@@ -118,14 +113,14 @@ def main() -> None:
             print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     rows = [
         [name, str(len(runs)), *(describe_mean([run[key] for run in runs]) for key in keys)]
-        for keys in [("robust", "epochs", "processor_seconds")]
+        for keys in [("robust", "epochs")]
         for name, runs in results.items()
     ]
     difference = [
         after["robust"] - before["robust"]
         for before, after in zip(results["before"], results["after"], strict=True)
     ]
-    header = ["version", "seeds", "robust worst on test", "epochs trained", "processor seconds"]
+    header = ["version", "seeds", "robust worst on test", "epochs trained"]
     print(describe_machine())
     print(format_table(header, rows))
     print(f"after minus before, same seed: {describe_mean(difference)}")
