@@ -17,7 +17,6 @@ from pathlib import Path
 import forked_processes
 import pytest
 from forked_processes import ForkedProcess
-from gates import make_gate, open_gate, wait_at_gate
 from test_stores import gcs, s3_host, store
 
 from raysweep.bucket_lease import BucketLease, LeaseLost, LeaseTimes, LegacyClaims
@@ -377,11 +376,13 @@ class TestLegacyClaims:
 def contend(location: str, folder: Path, number: int) -> None:
     store = open_store(location)
     for turn in range(ROUNDS):
-        wait_at_gate(folder / f"go-{turn}")
+        while not (folder / f"go-{turn}").exists():
+            time.sleep(0.001)
         lease = BucketLease(store, f"{turn}.lease", times=LeaseTimes(0.5, 60.0))
         has_won = lease.try_acquire()
         (folder / f"{turn}-{'won' if has_won else 'lost'}-{number}").touch()
-        wait_at_gate(folder / f"end-{turn}")
+        while not (folder / f"end-{turn}").exists():
+            time.sleep(0.001)
         if has_won:
             lease.require_held()
         lease.release()
@@ -481,21 +482,18 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(store: Store, tmp_path
     dead = {"token": "dead", **replace(process, pid=NOBODY).to_json_dict()}
     for turn in range(ROUNDS):
         store.create(f"{turn}.lease", json.dumps(dead).encode())
-        for gate in ("go", "end"):
-            make_gate(tmp_path / f"{gate}-{turn}")
     contenders = [
         forked_processes.start_function(contend, store.uri, tmp_path, number)
         for number in range(CONTENDERS)
     ]
-    with ExitStack() as gates:
-        for turn in range(ROUNDS):
-            open_gate(tmp_path / f"go-{turn}", gates)
-            deadline = time.monotonic() + 600
-            while len(list(tmp_path.glob(f"{turn}-*"))) < CONTENDERS:
-                assert time.monotonic() < deadline, [process.err for process in contenders]
-                time.sleep(0.002)
-            assert len(list(tmp_path.glob(f"{turn}-won-*"))) == 1, turn
-            open_gate(tmp_path / f"end-{turn}", gates)
-        assert [process.wait() for process in contenders] == [0] * CONTENDERS
+    for turn in range(ROUNDS):
+        (tmp_path / f"go-{turn}").touch()
+        deadline = time.monotonic() + 600
+        while len(list(tmp_path.glob(f"{turn}-*"))) < CONTENDERS:
+            assert time.monotonic() < deadline, [process.err for process in contenders]
+            time.sleep(0.002)
+        assert len(list(tmp_path.glob(f"{turn}-won-*"))) == 1, turn
+        (tmp_path / f"end-{turn}").touch()
+    assert [process.wait() for process in contenders] == [0] * CONTENDERS
     contents = store.read_matching("", "*.lease").values()
     assert [json.loads(content)["released"] for content in contents] == [True] * ROUNDS

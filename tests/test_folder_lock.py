@@ -4,21 +4,18 @@ the lock of a dead one.
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import forked_processes
 import pytest
 from forked_processes import ForkedProcess
-from gates import make_gate, open_gate, wait_at_gate
 
 from raysweep import folder_lock
 from raysweep.errors import InfrastructureError, SpecError
@@ -130,16 +127,18 @@ def test_the_same_process_holds_it_once(tmp_path: Path, has_flock: bool) -> None
 
 
 def contend(folder: Path, has_flock: bool, number: int) -> None:
-    """Take part in every round, which begins when its gate opens."""
+    """Take part in every round, which begins when its file `go` is there."""
     if not has_flock:
         fcntl.flock = fail_flock(errno.ENOSYS)
     for turn in range(ROUNDS):
         place = folder / str(turn)
-        wait_at_gate(folder / f"go-{turn}")
+        while not (place / "go").exists():
+            time.sleep(0.001)
         try:
             with hold_folder_lock(place, "it"):
                 (place / f"won-{number}").touch()
-                wait_at_gate(folder / f"end-{turn}")
+                while not (place / "end").exists():
+                    time.sleep(0.001)
         except SpecError:
             (place / f"lost-{number}").touch()
 
@@ -159,23 +158,20 @@ def leave_dead_lock(folder: Path, has_flock: bool) -> None:
 def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path, has_flock: bool) -> None:
     dead = forked_processes.start_function(leave_dead_lock, tmp_path, has_flock)
     assert dead.wait() == -signal.SIGKILL
-    for turn, gate in itertools.product(range(ROUNDS), ("go", "end")):
-        make_gate(tmp_path / f"{gate}-{turn}")
     contenders = [
         forked_processes.start_function(contend, tmp_path, has_flock, number)
         for number in range(CONTENDERS)
     ]
-    with ExitStack() as gates:
-        for turn in range(ROUNDS):
-            place = tmp_path / str(turn)
-            open_gate(tmp_path / f"go-{turn}", gates)
-            deadline = time.monotonic() + 600
-            while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
-                assert time.monotonic() < deadline, [process.err for process in contenders]
-                time.sleep(0.002)
-            assert len(list(place.glob("won-*"))) == 1, sorted(place.glob("[wl]o*-*"))
-            open_gate(tmp_path / f"end-{turn}", gates)
-        assert [process.wait() for process in contenders] == [0] * CONTENDERS
+    for turn in range(ROUNDS):
+        place = tmp_path / str(turn)
+        (place / "go").touch()
+        deadline = time.monotonic() + 600
+        while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
+            assert time.monotonic() < deadline, [process.err for process in contenders]
+            time.sleep(0.002)
+        assert len(list(place.glob("won-*"))) == 1, sorted(place.glob("[wl]o*-*"))
+        (place / "end").touch()
+    assert [process.wait() for process in contenders] == [0] * CONTENDERS
 
 
 class TestWithoutFlock:

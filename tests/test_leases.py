@@ -2,13 +2,11 @@
 and paused processes are taken over.
 """
 
-import itertools
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import filelock._soft
@@ -16,7 +14,6 @@ import forked_processes
 import pytest
 import torch
 from forked_processes import ForkedProcess
-from gates import make_gate, open_gate, wait_at_gate
 from torch import nn
 
 from raysweep.bucket_lease import LeaseTimes
@@ -190,7 +187,8 @@ def leave_leases(folder: Path) -> None:
 def contend(folder: Path, number: int) -> None:
     for turn in range(ROUNDS):
         place = folder / str(turn)
-        wait_at_gate(place / "go")
+        while not (place / "go").exists():
+            time.sleep(0.001)
         lease = FolderLease(place / "key.claim")
         # An attempt may only find that another contender is replacing the file. The last one, after
         # somebody has won, must fail.
@@ -198,7 +196,8 @@ def contend(folder: Path, number: int) -> None:
             time.sleep(0.001)
         has_won = has_won or lease.try_acquire()
         (place / f"{'won' if has_won else 'lost'}-{number}").touch()
-        wait_at_gate(place / "end")
+        while not (place / "end").exists():
+            time.sleep(0.001)
         assert not lease.is_lost
         lease.release()
 
@@ -223,22 +222,19 @@ def test_an_empty_file_is_taken_over_when_it_has_stayed_so(tmp_path: Path) -> No
 def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path) -> None:
     dead = forked_processes.start_function(leave_leases, tmp_path)
     assert dead.wait() == -signal.SIGKILL, dead.err
-    for turn, gate in itertools.product(range(ROUNDS), ("go", "end")):
-        make_gate(tmp_path / str(turn) / gate)
     contenders = [
         forked_processes.start_function(contend, tmp_path, number) for number in range(CONTENDERS)
     ]
-    with ExitStack() as gates:
-        for turn in range(ROUNDS):
-            place = tmp_path / str(turn)
-            open_gate(place / "go", gates)
-            deadline = time.monotonic() + 600
-            while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
-                assert time.monotonic() < deadline, [process.err for process in contenders]
-                time.sleep(0.002)
-            assert len(list(place.glob("won-*"))) == 1, sorted(place.glob("[wl]o*-*"))
-            open_gate(place / "end", gates)
-        assert [process.wait() for process in contenders] == [0] * CONTENDERS
+    for turn in range(ROUNDS):
+        place = tmp_path / str(turn)
+        (place / "go").touch()
+        deadline = time.monotonic() + 600
+        while len(list(place.glob("[wl]o*-*"))) < CONTENDERS:
+            assert time.monotonic() < deadline, [process.err for process in contenders]
+            time.sleep(0.002)
+        assert len(list(place.glob("won-*"))) == 1, sorted(place.glob("[wl]o*-*"))
+        (place / "end").touch()
+    assert [process.wait() for process in contenders] == [0] * CONTENDERS
 
 
 class TestTraining:
