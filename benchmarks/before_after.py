@@ -4,9 +4,9 @@
     python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
 
 Both run in this environment, so the other commit needs the same dependencies. The sampler and the
-trainings use the same seed. AutoAttack on finalists and base runs, which only the later version
-has, are left out of its sweeps. The checkpoint that each sweep chose is evaluated on all test
-images by the objective of this version. Results stay in WORK: the same command resumes an
+trainings use the same seed. Only the later version attacks finalists and trains base runs; its
+sweeps leave both out here. The checkpoint that each sweep chose is evaluated on all test images by
+the objective of this version. Results stay in WORK: the same command resumes an
 interrupted run.
 """
 

@@ -37,8 +37,8 @@ class ImmediateExecutor(Executor):
 
 
 def time_waits(network: str, epochs: int, images: int) -> tuple[float, float, float]:
-    """Train; return per epoch the seconds that are neither steps nor validation, the others, and
-    the number of calls of `os.fsync`.
+    """Train; return three means per epoch: the seconds that are neither steps nor validation, the
+    seconds of these, and the number of calls of `os.fsync`.
     """
     config = build_training_config(
         "at",

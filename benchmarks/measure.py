@@ -60,14 +60,14 @@ def time_rounds(
 
 
 class ProcessorSeconds:
-    """Context manager that counts the processor seconds of this process and of those below it.
+    """Context manager that counts the processor seconds of this process and its descendants.
 
-    Processes may end in the block, so all are looked at four times a second, in a thread whose own
+    Processes may end in the block, so all are sampled four times a second, in a thread whose own
     time does not count.
 
     Attributes:
-        total: the seconds, once the block has ended.
-        by_name: the seconds of processes by what their command line begins with.
+        total: Processor seconds of all processes, once the block has ended.
+        by_name: The same by name of the program, the first word of the command line.
     """
 
     def __init__(self) -> None:
@@ -75,31 +75,31 @@ class ProcessorSeconds:
         self._names: dict[tuple[int, float], str] = {}
         self._seconds: dict[tuple[int, float], tuple[float, float]] = {}
         self._has_ended = threading.Event()
-        self._spent_looking = 0.0
-        self._thread = threading.Thread(target=self._look_until_end)
+        self._sampling_seconds = 0.0
+        self._thread = threading.Thread(target=self._sample_until_end)
         self.total = 0.0
 
     def __enter__(self) -> "ProcessorSeconds":
-        self._look(is_first=True)
+        self._sample(is_first=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._has_ended.set()
         self._thread.join()
-        self._look()
+        self._sample()
         self.total = sum(now - before for before, now in self._seconds.values())
-        self.total -= self._spent_looking
+        self.total -= self._sampling_seconds
         for key, (before, now) in self._seconds.items():
-            own = self._spent_looking if key[0] == os.getpid() else 0.0
+            own = self._sampling_seconds if key[0] == os.getpid() else 0.0
             self.by_name[self._names.get(key, "?")] += now - before - own  # type: ignore[assignment]
 
-    def _look_until_end(self) -> None:
+    def _sample_until_end(self) -> None:
         while not self._has_ended.wait(0.25):
-            self._look()
-        self._spent_looking = time.thread_time()
+            self._sample()
+        self._sampling_seconds = time.thread_time()
 
-    def _look(self, is_first: bool = False) -> None:
+    def _sample(self, is_first: bool = False) -> None:
         own = psutil.Process()
         for process in [own, *own.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -108,7 +108,7 @@ class ProcessorSeconds:
                 now = times.user + times.system
                 before, _ = self._seconds.get(key, (now if is_first else 0.0, 0.0))
                 self._seconds[key] = (before, now)
-                # Workers of Ray change it when they begin an actor; one that has ended has none.
+                # Ray's workers change theirs when they start an actor; an ended process has none.
                 if command := process.cmdline():
                     self._names[key] = Path(command[0]).name
 

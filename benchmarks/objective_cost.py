@@ -129,12 +129,16 @@ def measure_digits(method: str, epochs: int, small: bool = False) -> tuple[list[
     ], share
 
 
-def measure_trained(method: str, numbers: Sequence[int]) -> None:
-    """Measure the processor seconds of an epoch on digits and of the objective on its network.
+def measure_trained(method: str, epochs: Sequence[int]) -> None:
+    """Measure the processor seconds of an epoch on digits, and of the objective after it.
 
-    With `PYTHONPATH` another version of raysweep is measured.
+    With another version of raysweep in `PYTHONPATH`, that version is measured.
+
+    Args:
+        method: Name of the method.
+        epochs: Numbers of the epochs to measure, from 1.
     """
-    config = build_training_config(method, {"epochs": max(numbers)})
+    config = build_training_config(method, {"epochs": max(epochs)})
     spent: dict[str, list[float]] = {"_run_steps": [], "_validate": []}
 
     def timed(name: str) -> Callable[..., object]:
@@ -153,8 +157,8 @@ def measure_trained(method: str, numbers: Sequence[int]) -> None:
             patches.enter_context(mock.patch.object(trainer._TrainingRun, name, timed(name)))
         train_model(config, Path(folder))
     rows = []
-    for number in numbers:
-        steps, objective = (found[number - 1] for found in spent.values())
+    for number in epochs:
+        steps, objective = (seconds[number - 1] for seconds in spent.values())
         cells = (f"{steps:.2f} s", f"{objective:.2f} s", f"{objective / steps:.0%}")
         rows.append([f"after {number} epochs", *cells])
     print(f"\nThe objective of {method} on digits, processor seconds; {describe_machine()}\n")

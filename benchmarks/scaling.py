@@ -2,12 +2,14 @@
 tables and draw a plot.
 
     python benchmarks/scaling.py --plot benchmarks/scaling.svg
+    python benchmarks/scaling.py --what norms --batch 128    # a part of it
 
 Cost should grow linearly with epochs and examples: the table has slope, intercept and R2 of the
 least-squares line. Workers share each batch over gloo on this machine, with one thread each. They
 are compared with one worker of one thread, with one worker of as many threads, and with processes
 that have as many rows and share nothing. On a busy machine, processor seconds tell more than wall
-seconds: on idle cores, a step cannot take less.
+seconds: on idle cores, a step cannot take less. `norms` measures what half of the batch and
+synchronised batch norms cost without any communication: the limit of two workers.
 """
 
 import os
@@ -260,14 +262,14 @@ def measure_workers(
 
 
 class SilentWorkerGroup(SingleWorkerGroup):
-    """One of two workers, which takes its own sums for those of both: it never communicates."""
+    """One of two workers that never communicates: it takes its own sums for those of both."""
 
     size = 2
 
 
 def measure_batch_norms(model: str, batch: int, n: int, repeats: int) -> None:
-    """Measure the processor seconds of a step of one worker without communication, with plain and
-    with synchronised batch norms, in interleaved rounds.
+    """Measure the processor seconds of a step of one worker without communication, in interleaved
+    rounds: with plain and with synchronised batch norms.
     """
     variants: dict[str, tuple[WorkerGroup, int]] = {
         f"plain, {batch} images": (SINGLE_WORKER, batch),

@@ -7,10 +7,10 @@
 Syne Tune, SMAC and Ray's OptunaSearch propose and stop with their own code and defaults; the
 simulator only trains. Syne Tune 0.16 has no MOBSTER, Hyper-Tune and PASHA: `pip install
 'syne-tune==0.13.0' autograd statsmodels` in another environment. Every tuner gets the starting
-points of the space, and is told the objective of each epoch (SMAC: the score at the end). Which of
-its trials is chosen, the rule of the package decides (see `search_simulator.py`). What it proposes
-becomes the nearest recorded setting that was not tried. It is told of the setting that was trained,
-where it can be told (all but MOBSTER and Hyper-Tune, which propose only recorded settings instead).
+points of the space, and is told the objective of each epoch (SMAC: the score at the end).
+raysweep's rule chooses the best of its trials (see `search_simulator.py`). What it proposes is
+replaced by the nearest recorded setting that was not tried. All tuners are told which setting that
+was, except MOBSTER and Hyper-Tune, which propose only recorded settings.
 """
 
 import logging

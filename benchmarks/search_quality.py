@@ -4,8 +4,8 @@
     python benchmarks/search_quality.py report --work FOLDER [--figure FILE]
 
 `run` simulates sweeps (`search_simulator.py` says how) and writes what they found into FOLDER, and
-so does `search_other_tuners.py`. `report` prints the tables and the goals of all that
-is there. A difference is said with its standard error.
+so does `search_other_tuners.py`. `report` prints tables and goals of all that is in FOLDER, and
+each difference with its standard error.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe_score(score_epochs: int | None) -> str:
-    """Return what is added to the name of a search whose score is not that of the space."""
+    """Return a suffix for the name of a search; "" if it has the score of the space."""
     if score_epochs is None:
         return ""
     return ", best epoch" if score_epochs == 1 else f", mean of {score_epochs}"
@@ -287,8 +287,8 @@ def compare_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list
 def compare_repeats(table: Table, name: str, repeats: int) -> list[list[str]]:
     """Compare a second seed for the leaders of a sweep with more trials for the same epochs.
 
-    The mean over both recorded seeds, by which the choice is evaluated, is that of the trainings
-    that the leaders are ranked by. This favours the second seed a little.
+    The leaders are ranked by the same two trainings, one of each recorded seed, by whose test
+    results the choice is evaluated. This favours the second seed a little.
 
     Returns:
         For each number of leaders its name and the mean gains with and without a second seed.

@@ -89,8 +89,8 @@ class Table:
         return int(distances.argmin())
 
     def score(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
-        """Return the score of a trial after an epoch, and what breaks ties of it; -1 within the
-        burn-in.
+        """Return the score of a trial after an epoch, and the margin, which breaks ties; (-1, 0)
+        within the burn-in.
         """
         first = int(self.burn_in[setting])
         if epoch <= first:
@@ -135,7 +135,7 @@ class Search(Protocol):
         """Return the setting to train next, a new one or one that was paused; None to wait."""
 
     def report(self, setting: int, seed: int, epoch: int) -> bool:
-        """Take the result of an epoch; return whether the trial trains another one."""
+        """Receive the result of an epoch; return whether the trial trains another one."""
 
 
 class Scheduler(Protocol):

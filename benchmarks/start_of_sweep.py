@@ -8,7 +8,7 @@ Runs `raysweep tune` on a tiny sweep, in turn with the checkouts of --code and w
 of the first epoch and to its end, and the processor seconds of all its processes until the first
 epoch (least, median, most). Processor seconds depend less on other load. The epoch itself is not
 subtracted: the line below the table has its seconds. A second table has the memory of the command
-and of the workers that have reported an epoch.
+and of the workers that train, once a trial has reported its second epoch.
 """
 
 import argparse
@@ -34,14 +34,14 @@ WORKERS = {"1": "forks of a server", "0": "ordinary workers"}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One sweep.
+class SweepMeasurement:
+    """Times and memory of one sweep.
 
     Attributes:
-        first_epoch: Seconds to the line of its first epoch.
+        first_epoch: Seconds from the command to the line of its first epoch.
         total: Seconds to its end.
         processor: Processor seconds of all its processes to the first epoch.
-        epoch: Seconds of the first epoch, with its validation, as the trial has measured them.
+        epoch: Seconds of the first epoch and its validation, as the trial measured them.
         memory: By "command" and "worker": resident memory, proportional share and private memory
             in MiB.
     """
@@ -53,8 +53,8 @@ class Measured:
     memory: dict[str, list[tuple[float, float, float]]]
 
 
-def run_sweep(code: Path, forks: str) -> Measured:
-    """Run one sweep."""
+def run_sweep(code: Path, forks: str) -> SweepMeasurement:
+    """Run one sweep and measure it."""
     overrides = [argument for setting in SETTINGS for argument in ("--set", setting)]
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
@@ -87,7 +87,7 @@ def run_sweep(code: Path, forks: str) -> Measured:
             for file in Path(folder).glob("runs/*/trials/*/epoch-*/meta.json")
         ]
     seconds = min(row["train/seconds"] + row["validation_seconds"] for row in epochs)
-    return Measured(first_epoch, total, processor, seconds, memory)
+    return SweepMeasurement(first_epoch, total, processor, seconds, memory)
 
 
 def sum_processor_seconds(pid: int) -> float:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--forks", nargs="+", choices=WORKERS, default=list(WORKERS))
     args = parser.parse_args()
     cases = [(code, forks) for code in args.code for forks in args.forks]
-    measured: dict[tuple[Path, str], list[Measured]] = {case: [] for case in cases}
+    measured: dict[tuple[Path, str], list[SweepMeasurement]] = {case: [] for case in cases}
     for _ in range(args.rounds):
         for case in cases:
             measured[case].append(run_sweep(*case))

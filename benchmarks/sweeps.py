@@ -51,7 +51,7 @@ GRID = {
 
 
 class Clock:
-    """Listener that records when each trial started and reported, and what the sweep has used."""
+    """Listener that records when each trial started and reported, and the processor seconds."""
 
     def __init__(self) -> None:
         self.started_at: dict[int, float] = {}
@@ -160,9 +160,8 @@ def measure_overhead(
 ) -> list[list[Any]]:
     """Measure the same runs with and without a sweep, in turn.
 
-    The same training takes more processor seconds the more other work the machine has. So what a
-    sweep adds is also counted by itself: the processor seconds of all processes but those that
-    train.
+    Training takes more processor seconds on a machine with other load. So what a sweep adds is also
+    counted by itself: the processor seconds of all its processes except the workers that train.
     """
     space = SearchSpace.from_data(
         GRID

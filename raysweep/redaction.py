@@ -125,7 +125,7 @@ def redact_value(value: Any) -> Any:
     Returns:
         The value with `***` for the secrets in all its texts, and for texts under the name of one.
     """
-    # Reading the environment for each text would take longer than all else.
+    # Once for all texts: reading the environment for each would take longer than everything else.
     return _redact_value(value, _list_environment_secrets())
 
 
@@ -169,7 +169,7 @@ def _is_secret_name(name: str) -> bool:
 def _list_environment_secrets() -> list[str]:
     """Return the values of environment variables that hold secrets, also as URLs write them.
 
-    Paths of files with secrets are none. Longer ones come first: one may be a part of another.
+    Paths of files with secrets are left out. Longer values come first: one may be part of another.
     """
     secrets: set[str] = set()
     for name in filter(_is_secret_name, os.environ):

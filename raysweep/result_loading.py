@@ -186,14 +186,15 @@ class Sweep:
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
             * `before`: the objective at the best epoch before the instance weights acted; absent if
               no trial has such epochs.
-            * `mean`: the objective as the mean over the seeds of a trial that was repeated, and
-              `seeds`, their number; absent if no trial was repeated.
+            * `mean`: the mean over the seeds of a trial that was repeated, of its score if the
+              sweep has such scores, else of the objective; and `seeds`, their number; absent if no
+              trial was repeated.
             * `autoattack`: accuracy under AutoAttack on the validation images, of the trials that
               it attacked at the end of the sweep; absent if it attacked none.
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
               it on the same validation images, else ""; absent if trials cannot be compared.
-            * `score`: its best mean objective over `SearchSpace.score_epochs` consecutive epochs;
-              only if the sweep has such scores.
+            * `score`: the best mean of its objective over `SearchSpace.score_epochs` consecutive
+              epochs; absent if the sweep ranks by the best epoch alone.
             * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
               else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it
@@ -563,10 +564,10 @@ def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDic
 
     Returns:
         The content of its trial.json, with `state` as from `Trial.describe_state`; `seeds`, on how
-        many of them its rank is based; `score`, by which it is ranked, without AutoAttack and
-        `checkpoint`, the location of its best checkpoint, both None before the first value of the
-        objective; `masks`, whether it exceeds the masking gap; and `choice`, what is wrong with its
-        best epoch, or "".
+        many of them its rank is based; `score`, by which it is ranked before AutoAttack;
+        `checkpoint`, the location of its best checkpoint; `masks`, whether it exceeds the masking
+        gap; and `choice`, what is wrong with its best epoch, or "". `score` and `checkpoint` are
+        None before the first value of the objective.
     """
     checkpoint = str(ledger.best_checkpoint_path(trial)) if trial.best else None
     objective = ledger.space.objectives[0]

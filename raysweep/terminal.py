@@ -240,7 +240,7 @@ class SweepDisplay:
             best = min(scored, key=self._ledger.rank_trial)
             epoch = f"in epoch {int(best.best['epoch'])}"
             if space.score_name == "score":
-                epoch = f"from {space.score_epochs} epochs"
+                epoch = f"over {space.score_epochs} epochs"
             lines += [
                 f"best so far: {best.title}, {space.score_name.replace('_', ' ')} "
                 f"{best.score(objective):.3f} {epoch}",
@@ -291,13 +291,13 @@ def training_progress_bar(
 class TrialTable:
     """Table with one row for each trial: settings, state, epoch and accuracies.
 
-    Base runs and repeats have rows, too. Where the score of a trial is not its best epoch's
-    objective, it has a column.
+    Base runs and repeats have rows, too. `score` is the best mean of the objective over consecutive
+    epochs, in sweeps that rank by it.
 
     Accuracies are those of the best epoch, `best@3 of 4`: the third of four that have ended. A
     trial without a value of the objective has its last epoch, `4`. If trials have burn-ins,
     `before weights act` is what the objective reached there: adversarial training. `mean (seeds)`
-    is the mean objective of the trials that were repeated, and the number of their seeds. `AA` is
+    is the mean score of the trials that were repeated, and the number of their seeds. `AA` is
     the accuracy under AutoAttack of the trials that it attacked at the end of the sweep. `like
     best` marks the trials that cannot be told apart from the best one. Where the table is too wide,
     the searched settings stand below it; a live table leaves them out. Where it is still too wide,

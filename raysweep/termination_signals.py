@@ -61,9 +61,9 @@ def handle_termination_signals(
 def release_logging_locks() -> None:
     """Release the locks of `logging` that this thread holds, before it waits for other threads.
 
-    Ctrl-C may interrupt `logging` just after it has acquired a lock and before it can release it
-    again. All other threads would then wait forever as soon as they log or import a module. Must
-    not be called by a handler of `logging`.
+    Ctrl-C may interrupt `logging` just after it has acquired a lock, so that the lock is never
+    released. All other threads would then wait forever as soon as they log or import a module. A
+    handler of `logging` must not call this.
     """
     handlers = [reference() for reference in logging._handlerList]  # type: ignore[attr-defined]
     locks = [handler.lock for handler in handlers if handler is not None]

@@ -238,8 +238,8 @@ def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None
 
 @pytest.fixture(scope="session", autouse=True)
 def training_plots() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Leave the figures of runs out of MLflow: they take longer than a small training. A test that
-    reads them records its run `with training_plots():`.
+    """Leave the figures of runs out of MLflow: drawing them takes longer than a small training. A
+    test that reads them records its run in a block `with training_plots():`.
     """
     from raysweep.tracking.mlflow_tracker import Tracker
 
@@ -286,8 +286,8 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator["Cluster"]:
-    """A cluster of one node with two CPUs, on loopback, with the processes of those that raysweep
-    starts: no dashboard, and no agents for one. A test that adds nodes takes them away again.
+    """A cluster of one node with two CPUs, on loopback. As in clusters that raysweep starts, there
+    is no dashboard, and none of its agents. A test that adds nodes removes them again.
     """
     from ray.cluster_utils import Cluster
 

@@ -21,12 +21,12 @@ class AttackContract:
 
     @pytest.fixture(scope="class")
     def results(self) -> dict[str, AttackResult]:
-        """By attack: several tests read the same result."""
+        """Results by `repr` of the attack: several tests read the same one."""
         return {}
 
     @pytest.fixture
     def result(self, attack, model, data, results) -> AttackResult:
-        """What the attack makes of the data."""
+        """Result of the attack on the data."""
         if repr(attack) not in results:
             results[repr(attack)] = self.attack_images(attack, model, *data)
         return results[repr(attack)]

@@ -74,8 +74,9 @@ class MlflowServer:
 
 
 def _run_mlflow(arguments: list[str]) -> None:
-    """Run `mlflow ARGUMENTS` in this process, and in it the server that it would start in another,
-    which would import everything again.
+    """Run `mlflow ARGUMENTS` and its server in this process.
+
+    mlflow itself would start the server in another one, which would import everything again.
     """
     import mlflow.server
     from mlflow.cli import cli

@@ -42,7 +42,7 @@ def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def build_narrow(name: str) -> nn.Module:
-    """The network with an eighth of the channels where it has 64 or more: what can be folded
+    """Build the network with an eighth of the channels where it has 64 or more: what can be folded
     depends on how layers are connected, not on their widths.
     """
 

@@ -700,7 +700,7 @@ def test_attacks(name: str, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of attacks: those that two versions have in common run once."""
+    """Folder of finished attacks: what several evaluations have in common is attacked once."""
     return tmp_path_factory.mktemp("attacked")
 
 

@@ -1,4 +1,4 @@
-"""By what trials are ranked: the best mean of the objective over some consecutive epochs."""
+"""Scores, by which trials are ranked: the best mean of the objective over consecutive epochs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -102,8 +102,8 @@ def test_a_warm_start_tells_the_scores_of_the_new_sweep(
 
 
 def test_means_are_not_compared_with_best_epochs_of_other_runs() -> None:
-    """Within sweep s, b is ahead of a by its mean; beside a run without a mean, their places are
-    those of their checkpoints.
+    """Within sweep s, b is ahead of a by its mean. Beside c, a run without a mean, checkpoints
+    decide which places the sweep gets: b and a take the places that a and b would have.
     """
     a, b, c = (
         build_candidate(name, value) for name, value in (("a", 0.6), ("b", 0.5), ("c", 0.55))

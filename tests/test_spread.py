@@ -222,8 +222,8 @@ class TestWhatIsSaid:
         line = describe_spread(ledger)[1]
         assert line.startswith("settings explain 0% of") and "nothing shows" in line
 
-    def test_where_most_were_stopped_it_is_said_of_the_rung(self, tmp_path: Path) -> None:
-        """The split at the rung is that of fully trained trials with the same verdicts."""
+    def test_where_most_were_stopped_the_share_is_that_of_the_rung(self, tmp_path: Path) -> None:
+        """The split there equals that of fully trained trials with the same verdicts."""
         n_correct = (100, 150, 200, 120, 180)
         trials = [
             replace(
@@ -245,9 +245,10 @@ class TestWhatIsSaid:
         assert (found.split, found.rung, expected.rung) == (expected.split, 2, None)
         line = describe_spread(ledger)[-1]
         share = f"settings explain at most {expected.split.share:.0%} of the spread of 5 trials"
-        assert line.startswith(f"at epoch 2, where ASHA compares them first, {share} (90% ")
+        assert line.startswith(f"at epoch 2, ASHA's first rung, {share} (90% ")
         assert line.endswith(
-            "; only 2 trials were trained to the end, and 4 are needed to say it at the end"
+            "; the share at the end is not known: only 2 trials were trained to the end, and 4 are "
+            "needed"
         )
         assert sweep_to_json(ledger)["comparison"]["spread"]["rung"] == 2
         assert decide_early_end(found.differences, None) == find_early_end(ledger, trials)
@@ -255,8 +256,8 @@ class TestWhatIsSaid:
             tmp_path / "unknown", *[replace(t, rung_verdicts=None) for t in trials]
         )
         assert describe_spread(unknown)[-1] == (
-            "only 2 trials were trained to the end, and 4 are needed to say how much the settings "
-            "explain"
+            "how much the settings explain is not known: only 2 trials were trained to the end, "
+            "and 4 are needed"
         )
 
     @pytest.mark.parametrize(

@@ -303,9 +303,10 @@ def copy_model(model: nn.Module) -> nn.Module | None:
 
 
 def copy_empty_dicts(model: nn.Module) -> dict[int, Any]:
-    """Copy the empty dicts of a model's modules in advance, for `copy.deepcopy`.
+    """Copy the empty ordered dicts of a model's modules in advance, for `copy.deepcopy`.
 
-    A module has a dozen of them, for hooks. `deepcopy` takes most of its time for them.
+    A module has a dozen of them, for hooks. Without this, `deepcopy` spends most of its time on
+    them.
 
     Args:
         model: The model to copy.

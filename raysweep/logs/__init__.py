@@ -18,7 +18,7 @@ from raysweep.logs.running_command import (
     LEVEL_VARIABLE,
     CommandLog,
     command_log,
-    forget_command,
+    detach_command_log,
     format_command_line,
 )
 
@@ -28,8 +28,8 @@ __all__ = [
     "JsonEntry",
     "close_logs",
     "command_log",
+    "detach_command_log",
     "discard_log",
-    "forget_command",
     "format_command_line",
     "format_entry",
     "log_to_folder",

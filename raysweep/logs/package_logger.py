@@ -66,7 +66,7 @@ def detach_handlers(*handlers: logging.Handler) -> None:
 
 
 def detach_all_handlers() -> None:
-    """Detach the handlers of another process, of which this one is a fork. They stay open there."""
+    """In a fork, detach the handlers that the parent process has attached. They stay open there."""
     detach_handlers(*_Attached.handlers)
 
 

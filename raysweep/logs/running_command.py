@@ -93,8 +93,8 @@ def command_log(name: str, command_line: str, verbose: bool = False) -> Iterator
         CommandLog.running = outer_command
 
 
-def forget_command() -> None:
-    """Forget the command of the process that this one is a fork of, and leave its log alone."""
+def detach_command_log() -> None:
+    """In a fork, stop logging as part of the command that the parent process runs."""
     CommandLog.running = None
     detach_all_handlers()
 

@@ -92,11 +92,12 @@ class Candidate(Spec):
     """The sweep's objective as the mean over these seeds; null for one seed."""
     average: float | None = None
     """Best mean of the objective over consecutive epochs of the trial, by which the sweep ranks it,
-    as the mean over the seeds; null if the sweep ranks by the best epoch alone."""
+    as the mean over the seeds; null for a last checkpoint, and if the sweep ranks by the best epoch
+    alone."""
 
     def score(self, metric: str) -> float:
-        """Return what the trial was ranked by in its sweep, for its objective; else the validation
-        metric, as from `checkpoint_value`.
+        """Return the score by which the sweep ranked the trial, if the metric is the sweep's
+        objective and the score a mean over epochs; otherwise `checkpoint_value`.
         """
         if self.average is not None and metric == self.objectives[0]:
             return self.average
@@ -325,8 +326,11 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
     candidates are of sweeps without finalists, all are compared by the objective; the trials of one
     sweep with finalists then keep the order of their sweep among each other. So do those of a sweep
-    that repeated its best trials, and those of a sweep whose scores are means over epochs beside
-    checkpoints that have no such score: these are compared with the checkpoints of its trials.
+    that repeated its best trials.
+
+    Scores that are means over epochs are compared only if all candidates have one. Otherwise the
+    objective of the checkpoints decides, and the trials of a sweep with such scores keep the order
+    of their sweep among each other.
 
     Args:
         candidates: Candidates of any stages.

@@ -86,8 +86,8 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
         space: The search space.
 
     Returns:
-        The space without the default number of finalists, of base runs and of epochs of a score;
-        with a digest of the data set's defaults, if these are other ones than in 0.1.
+        The space without `finalists`, `base_runs` and `score_epochs` where they have their
+        defaults; with a digest of the data set's defaults, if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}

@@ -15,7 +15,7 @@ CHANGEABLE_SWEEP_SETTINGS = (
 )
 """Settings of a sweep itself that do not change what a trial is."""
 KEPT_SWEEP_SETTINGS = (*CHANGEABLE_SWEEP_SETTINGS, "score_epochs")
-"""Settings of a sweep itself that a resumed sweep keeps where the file of its space has none."""
+"""Settings of a sweep itself that a resumed sweep keeps unless its file or `--set` has them."""
 # The same, and keys that are checked one by one.
 _EXTENDABLE_KEYS = {
     *CHANGEABLE_SWEEP_SETTINGS,

@@ -365,6 +365,10 @@ class Ledger:
         Args:
             trial: The trial, whose last epoch still has its checkpoint.
             max_epochs: Epochs of a trial that is not stopped.
+
+        Returns:
+            The trial; unchanged after another epoch, within its burn-in, and if it is a base run or
+            a repeat.
         """
         is_first_rung = trial.epoch in self.space.scheduler.rungs(max_epochs)[:1]
         if not is_first_rung or trial.kind != "trial" or trial.epoch <= (trial.burn_in or 0):
@@ -372,7 +376,7 @@ class Ledger:
         return replace(trial, rung_verdicts=self._read_verdicts(trial, trial.epoch))
 
     def _read_verdicts(self, trial: Trial, epoch: int) -> ExampleVerdicts | None:
-        """Read what an epoch of a trial gets right; None if it is not known."""
+        """Read which validation examples an epoch of a trial gets right; None if not known."""
         try:
             return RunDirectory(self.run_path(trial)).read_verdicts(epoch)
         except DamagedFileError as error:

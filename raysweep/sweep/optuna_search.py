@@ -37,7 +37,7 @@ class LedgerSearcher(Searcher):
             sampler=space.sampler.build_sampler(len(past_trials)),
         )
         self._pending_trials: dict[str, optuna.Trial] = {}
-        # By Tune's id, like the pending trials: what they have reported.
+        # The same trials, also by Tune's id, with the epochs that they have reported.
         self._reported_trials: dict[str, Trial] = {}
         self._rules: dict[str, SelectionRule] = {}
         self._n_complete = 0

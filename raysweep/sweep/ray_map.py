@@ -163,7 +163,7 @@ def _is_users_own(module: ModuleType) -> bool:
     if name.partition(".")[0] in ("__main__", "__mp_main__", "raysweep"):
         return False
     is_pythons = file.startswith(tuple(_PYTHON_FOLDERS))
-    # Thousands of modules are looked at, and building a path takes longest.
+    # The path comes last: building it takes longest, and thousands of modules are checked.
     return not is_pythons and sys.modules.get(name) is module and Path(file).is_absolute()
 
 

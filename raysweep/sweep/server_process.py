@@ -1,4 +1,4 @@
-"""The process of the worker server: a fork of this one if it has one thread, else an interpreter.
+"""The process of the worker server: a fork of this one where that is safe, else a new interpreter.
 
 A fork shares what this process has imported. So PyTorch, Ray and raysweep are imported once, for
 the driver and for all workers on its machine.
@@ -20,9 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from raysweep.logs import forget_command
+from raysweep.logs import detach_command_log
 
-# A fork has none of the threads that these libraries may have started, but waits for them.
+# These libraries may have started threads. A fork lacks them, and would wait for them forever.
 _THREADED_LIBRARIES = ("numpy", "torch", "ray")
 _HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -30,8 +30,8 @@ _HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def can_fork_this_process() -> bool:
     """Return whether a fork of this process can do all that a new process could.
 
-    It cannot if this process has other threads, or has used a library that may have started some:
-    a program of the user that calls `raysweep.tune`, for example.
+    It cannot if this process has other threads, or has imported a library that may have started
+    some. For example, a program of the user that calls `raysweep.tune` may have.
     """
     has_used_libraries = any(name in sys.modules for name in _THREADED_LIBRARIES)
     return len(list(Path("/proc/self/task").iterdir())) == 1 and not has_used_libraries
@@ -40,8 +40,8 @@ def can_fork_this_process() -> bool:
 def import_in_thread(modules: Sequence[str]) -> None:
     """Import modules in a thread of their own, and wait for it.
 
-    Ray draws random ids from a generator of each thread, and some of its modules draw one when they
-    are imported. A fork after that would draw the same ids as this process.
+    Ray draws random ids from one generator per thread, and some of its modules draw an id when they
+    are imported. If this thread had drawn one, a fork would draw the same next ids as it.
 
     Args:
         modules: Names of the modules.
@@ -74,22 +74,23 @@ class ForkedProcess:
         pid: Its process id.
     """
 
-    def __init__(self, run: Callable[[], None], kept: socket.socket) -> None:
+    def __init__(self, function: Callable[[], None], kept_socket: socket.socket) -> None:
         """Fork this process, which has one thread.
 
         Args:
-            run: What runs in the fork, with a pipe as standard input that ends with this process.
-            kept: The only other descriptor that the fork keeps.
+            function: Runs in the fork. Its standard input is a pipe that is closed when this
+                process ends.
+            kept_socket: The only other descriptor that the fork keeps.
         """
         read_end, self._write_end = os.pipe()
         _flush_output()
-        with _signals_blocked(), warnings.catch_warnings():
+        with _block_signals(), warnings.catch_warnings():
             # The threads of NumPy's linear algebra end before a fork, and start again after it.
             warnings.simplefilter("ignore", DeprecationWarning)
             gc.freeze()
             self.pid = os.fork()
             if self.pid == 0:
-                _run_in_fork(run, read_end, kept.fileno())
+                _run_in_fork(function, read_end, kept_socket.fileno())
             gc.unfreeze()
         os.close(read_end)
         self._exit_code: int | None = None
@@ -99,7 +100,7 @@ class ForkedProcess:
         return self._wait(os.WNOHANG)
 
     def stop(self) -> None:
-        """End the process. What it has forked lives on."""
+        """Kill the process. The processes that it has forked keep running."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
             self._wait(0)
@@ -121,21 +122,23 @@ class NewInterpreter:
         pid: Its process id.
     """
 
-    def __init__(self, arguments: list[str], kept: socket.socket, changed: dict[str, str]) -> None:
-        """Start it, with a pipe as standard input that ends with this process.
+    def __init__(
+        self, arguments: list[str], kept_socket: socket.socket, variables: dict[str, str]
+    ) -> None:
+        """Start it. Its standard input is a pipe that is closed when this process ends.
 
         Args:
-            arguments: What Python runs.
-            kept: The only other descriptor that the process has.
-            changed: Environment variables, in addition to those of this process.
+            arguments: Arguments of the interpreter.
+            kept_socket: The only descriptor that it inherits beside the standard streams.
+            variables: Environment variables, in addition to those of this process.
         """
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=[kept.fileno()],
-            env=os.environ | changed,
+            pass_fds=[kept_socket.fileno()],
+            env=os.environ | variables,
             # Ctrl-C is for the command, which decides when workers end.
             start_new_session=True,
         )
@@ -146,7 +149,7 @@ class NewInterpreter:
         return self._process.poll()
 
     def stop(self) -> None:
-        """End the process. What it has forked lives on."""
+        """Kill the process. The processes that it has forked keep running."""
         assert self._process.stdin is not None
         self._process.kill()
         self._process.wait()
@@ -155,15 +158,15 @@ class NewInterpreter:
 
 
 def _flush_output() -> None:
-    """Write what is buffered, which the fork would write again."""
+    """Write buffered output, which the fork would otherwise write a second time."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold signals back in this block, so that the fork never runs a handler of this process."""
+def _block_signals() -> Iterator[None]:
+    """Block signals while this context lasts: no handler of this process must run in the fork."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED_SIGNALS)
     try:
         yield
@@ -171,32 +174,37 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _run_in_fork(run: Callable[[], None], read_end: int, kept: int) -> NoReturn:
-    """Make this fork like a new process, run the function, and end as an interpreter does.
+def _run_in_fork(function: Callable[[], None], read_end: int, kept_number: int) -> NoReturn:
+    """Make this fork like a new process, run the function, and exit as an interpreter does.
 
-    Whatever the function raises must not reach the functions of the driver that called this one.
+    No exception may leave this function: in the fork, its callers are those of the driver.
+
+    Args:
+        function: What runs in the fork.
+        read_end: Descriptor that becomes the standard input.
+        kept_number: Descriptor that stays open.
     """
     exit_code = 1
     try:
         os.setsid()
-        _replace_descriptors(read_end, kept)
+        _replace_descriptors(read_end, kept_number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         sys.excepthook = sys.__excepthook__
-        forget_command()
+        detach_command_log()
         for number in _HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED_SIGNALS)
-        exit_code = _call_as_main(run)
+        exit_code = _call_as_main(function)
     finally:
         os._exit(exit_code)
 
 
-def _call_as_main(run: Callable[[], None]) -> int:
-    """Call a function, then what is to be done at the end of a process; return the exit code."""
+def _call_as_main(function: Callable[[], None]) -> int:
+    """Call a function, then end threads and run exit handlers; return the exit code."""
     exit_code = 0
     try:
-        run()
+        function()
     except SystemExit as error:
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
@@ -208,16 +216,21 @@ def _call_as_main(run: Callable[[], None]) -> int:
     return exit_code
 
 
-def _replace_descriptors(read_end: int, kept: int) -> None:
-    """Make the pipe the standard input, and /dev/null all descriptors but that and `kept`.
+def _replace_descriptors(read_end: int, kept_number: int) -> None:
+    """Make the pipe the standard input, and point all other descriptors but one to /dev/null.
 
-    Locks and pipes of the driver must end with the driver. Its files keep their numbers: they would
-    otherwise be closed in place of others that get the same numbers.
+    A lock or pipe of the driver must end with the driver, so the fork must not hold it open. The
+    numbers are not freed: a file object that the fork inherits would later close its number, even
+    if that belonged to a new file by then.
+
+    Args:
+        read_end: Descriptor that becomes the standard input.
+        kept_number: Descriptor that stays as it is.
     """
     os.dup2(read_end, 0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        if number not in (0, kept, nothing):
+        if number not in (0, kept_number, nothing):
             with suppress(OSError):
                 os.fstat(number)
                 os.dup2(nothing, number, inheritable=number < 3)

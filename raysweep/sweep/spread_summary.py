@@ -39,8 +39,8 @@ class SpreadSummary:
         differences: By number of each other trial: score of the best trial minus its own, each the
             mean over the seeds if there are several. The intervals hold together: with 95%
             confidence none of them is wrong.
-        split: What the spread of the fully trained trials consists of; if there are too few, that
-            of all trials at ASHA's first rung; None if these are too few, too.
+        split: Parts of the spread of the fully trained trials; of all trials at ASHA's first rung
+            if fewer than `MIN_SPLIT_TRIALS` were fully trained; None if the rung has fewer, too.
         rung: Epoch of this rung; None if `split` is of fully trained trials.
         n_finished: Number of fully trained trials.
     """
@@ -266,37 +266,37 @@ def describe_spread(ledger: Ledger) -> list[str]:
 
 
 def describe_settings_share(summary: SpreadSummary) -> list[str]:
-    """Describe which share of the spread the settings explain, as far as it is known.
+    """Describe which share of the spread the settings explain, or that it is not known.
 
     Args:
         summary: Comparison of the trials of a sweep.
 
     Returns:
-        One line, or none if all trials were trained to the end and are too few.
+        One line; none if the sweep has too few trials and none of them was stopped.
     """
     has_stopped = len(summary.differences) + 1 > summary.n_finished
     if summary.split is None:
         if not has_stopped or summary.n_finished >= MIN_SPLIT_TRIALS:
             return []
-        return [f"{_describe_few_trials(summary)} how much the settings explain"]
+        return [f"how much the settings explain is not known: {_describe_few_trials(summary)}"]
     if summary.rung is None:
         return [describe_split(summary.split)]
     split = summary.split
     return [
-        f"at epoch {summary.rung}, where ASHA compares them first, settings explain at most "
+        f"at epoch {summary.rung}, ASHA's first rung, settings explain at most "
         f"{split.share:.0%} of the spread of {split.n_models} trials ({SPREAD_CONFIDENCE:.0%} "
-        f"interval {split.share_low:.0%} to {split.share_high:.0%}); "
-        f"{_describe_few_trials(summary)} it at the end"
+        f"interval {split.share_low:.0%} to {split.share_high:.0%}); the share at the end is not "
+        f"known: {_describe_few_trials(summary)}"
     ]
 
 
 def _describe_few_trials(summary: SpreadSummary) -> str:
-    """Say that too few trials were trained to the end."""
+    """Describe that too few trials were trained to the end."""
     n_finished, plural = summary.n_finished, "" if summary.n_finished == 1 else "s"
     was = "was" if n_finished == 1 else "were"
     return (
         f"only {n_finished} trial{plural} {was} trained to the end, and {MIN_SPLIT_TRIALS} are "
-        "needed to say"
+        "needed"
     )
 
 

@@ -180,8 +180,8 @@ class Trial:
         return replace(self, state="running", reason="", is_infrastructure_failure=False)
 
     def score(self, metric: str) -> float:
-        """Return what the trial is ranked by: for the objective its best mean over some consecutive
-        epochs (`averages`), where the sweep has them; otherwise the metric of the best epoch.
+        """Return what the trial is ranked by: the best mean over consecutive epochs (`averages`) if
+        the sweep has it for this metric; otherwise the metric of the best epoch.
 
         Args:
             metric: Name of an objective or of another metric.

@@ -151,7 +151,7 @@ def collect_warm_start(
         if comparable and ledger.find_data_fingerprint() != fingerprint:
             comparable = []
         results += [
-            EarlierResult(ledger.name, trial.number, params, _score_in(space, params, trial))
+            EarlierResult(ledger.name, trial.number, params, _rescore_metrics(space, params, trial))
             for trial, params in comparable
             # What an interrupted trial would have come to is not known.
             if trial.state != "running"
@@ -160,9 +160,9 @@ def collect_warm_start(
     return WarmStart(tuple(results), tuple(points))
 
 
-def _score_in(space: SearchSpace, params: Params, trial: Trial) -> Metrics:
-    """Return the metrics of a trial's best epoch, with the scores that it has in this space in
-    place of its objectives.
+def _rescore_metrics(space: SearchSpace, params: Params, trial: Trial) -> Metrics:
+    """Return the metrics of a trial's best epoch, with the scores that this space gives it in place
+    of its objectives.
     """
     rescored = trial.with_score(space.find_selection_rule(params))
     return {**trial.best, **{name: rescored.score(name) for name in space.objectives}}

@@ -43,10 +43,11 @@ _SOCKET_PREFIX = "workers-"
 _STARTED = b"1"
 # Seconds between two checks that another process still runs.
 _POLL_SECONDS = 1.0
-# More ids than the main thread of a worker ever draws, and more threads than a worker has that do.
+# Upper bounds: random ids that the main thread of a worker draws, and further threads of a worker
+# that draw any.
 _N_SKIPPED_IDS = 2_000
 _N_SKIPPED_THREADS = 64
-# More threads than a driver has that do.
+# Upper bound: threads of a driver that draw random ids.
 _N_DRIVER_THREADS = 1_000
 
 
@@ -84,7 +85,7 @@ class WorkerServer:
             _send_request(connection, {"environment": _make_import_environment()})
 
     def stop(self) -> None:
-        """End the server; workers that it has forked live on."""
+        """End the server; workers that it has forked keep running."""
         self._process.stop()
         self.socket_path.unlink(missing_ok=True)
 
@@ -275,10 +276,11 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _serve_as_fork(listener: socket.socket) -> None:
-    """Serve in a fork of the driver, whose workers must not draw the driver's random ids either.
+    """Serve in a fork of the driver, so that no worker draws the same random ids as the driver.
 
-    The driver goes on with the same state of what seeds the generators of new threads, and of that
-    of its main thread, which has drawn nothing yet.
+    Each thread that draws ids gets a generator, whose seed is drawn when it draws the first one.
+    The fork has a copy of the state that seeds come from. So it first uses up the seeds of all
+    threads that the driver may still start, and of its main thread, which has drawn no id yet.
     """
     _draw_in_new_threads(_N_DRIVER_THREADS)
     _serve(listener)
@@ -310,9 +312,9 @@ def _serve_request(
 def _skip_random_ids() -> None:
     """Draw random ids of Ray, so that the next fork draws others.
 
-    Forks inherit the state of the generators: that of this thread, and those that take turns to
-    seed the generator of each new thread. Two forks that gave objects or calls the same ids would
-    crash, or the actor that both of them call, and drivers and trials would wait for it forever.
+    Forks inherit the state of the generator of this thread, and of those that take turns to seed
+    the generator of each new thread. If two forks gave objects or calls the same ids, one of the
+    forks or an actor that both call would crash, and drivers and trials would wait for it forever.
     """
     from ray import ObjectID
 
@@ -322,7 +324,7 @@ def _skip_random_ids() -> None:
 
 
 def _draw_in_new_threads(n_threads: int) -> None:
-    """Draw one random id in each of so many new threads."""
+    """Draw one random id in each of `n_threads` new threads."""
     from ray import ObjectID
 
     for _ in range(n_threads):

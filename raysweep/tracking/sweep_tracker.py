@@ -445,18 +445,18 @@ def _format_trial_numbers(trials: list[Trial]) -> str:
 
 
 def _score_metrics(ledger: Ledger, trial: Trial) -> dict[str, float]:
-    """Return the score of a trial as a metric; none if it is the objective of its best epoch."""
+    """Return the score of a trial as a metric; {} if it is the objective of its best epoch."""
     if not trial.averages:
         return {}
     return {"score": trial.score(ledger.space.objectives[0])}
 
 
 def _describe_origin(ledger: Ledger, trial: Trial) -> str:
-    """Describe which training, and which of its epochs, the score of a trial comes from."""
+    """Describe from which seeds or epochs the score of a trial is computed."""
     if trial.repeats:
         return f"as the mean over {len(trial.trainings)} seeds"
     if trial.averages:
-        return f"from {ledger.space.score_epochs} epochs"
+        return f"over {ledger.space.score_epochs} epochs"
     return f"in epoch {trial.best['epoch']:.0f}"
 
 

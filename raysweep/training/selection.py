@@ -24,8 +24,9 @@ class SelectionRule(NamedTuple):
         burn_in: Number of first epochs in which an instance weight is still 1.
         first_epoch: First eligible epoch, from 1 (`validation.window`).
         last_epoch: Last eligible epoch.
-        score_epochs: Number of consecutive eligible epochs whose mean objective is the run's score;
-            1 if its score is the objective of its best epoch.
+        score_epochs: Number of consecutive validated epochs, after the burn-in and in the window,
+            that a mean averages; the best mean is the run's score. 1 if its score is the objective
+            of its best epoch.
     """
 
     objective: str
@@ -136,7 +137,8 @@ def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
 
 
 def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> list[float]:
-    """Average the objective over each `score_epochs` consecutive eligible epochs of a run.
+    """Average the objective over each `score_epochs` consecutive validated epochs of a run, among
+    those after the burn-in and in the window.
 
     The best epoch of many is partly best by luck. Means are less so.
 
@@ -146,7 +148,7 @@ def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> lis
 
     Returns:
         The means, in the order of their last epochs. While there are fewer epochs than
-        `score_epochs`, the mean over all; [] without an epoch after the burn-in and in the window.
+        `score_epochs`, the mean over all; [] while there is none.
     """
     values = [
         value

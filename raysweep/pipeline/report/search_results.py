@@ -113,7 +113,9 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
 
 
 def _describe_best_epoch(ledger: Ledger, trial: Trial) -> str:
-    """Describe the best epoch of a trial, how the trial ended and what speaks against it."""
+    """Describe the best epoch of a trial: its number, whether the trial was stopped or has failed,
+    and what is wrong with the epoch.
+    """
     notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
     if choice := ledger.describe_choice(trial):
         notes.append(choice)

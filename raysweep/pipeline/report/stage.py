@@ -95,7 +95,7 @@ class ReportStage(Stage):
                 (folder / file_name).write_text(text, encoding="utf-8")
             contents.write_paper_figures(folder)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
-            # The folder gets another name when it is complete: MLflow gets the texts, no paths.
+            # MLflow gets texts instead of paths: the folder is renamed when it is complete.
             name, digest = context.pipeline_name, context.stage_digest
             context.records.write(
                 lambda: _log_report(context.tracker, name, digest, reports, verdict)
