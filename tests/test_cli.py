@@ -366,7 +366,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     assert main(tune) == 0
     out, err = capsys.readouterr()
     assert (
-        "best 2 of 2 trials by score (the best mean robust worst over 2 consecutive epochs)" in out
+        "best 2 of 2 trials by score (the best mean robust worst over 3 consecutive epochs)" in out
     )
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
     assert "  raysweep eval quick/000" in out

@@ -76,9 +76,6 @@ def test_earlier_sweeps_and_digests_stay_as_they_are() -> None:
     old, new = build_space(), load_space("gairat", {})
     assert "score_epochs" not in old.to_stored_dict() and old.score_name == "robust_worst"
     assert new.score_name == "score" and new.score_epochs is not None
-    # They search the learning rate.
-    assert load_space("trades", {}).score_epochs is None
-    assert load_space("trades", {"optim.lr": 0.05}).score_epochs == new.score_epochs
     assert "score_epochs" not in drop_data_location(new)
     assert drop_data_location(new.replace(score_epochs=5))["score_epochs"] == 5
     assert "averages" not in train(0, VALUES, old.find_selection_rule({})).to_stored_dict()

@@ -205,7 +205,7 @@ def test_the_live_display_is_no_wall_of_numbers_at_80_columns(tmp_path: Path) ->
     rows = [line for line in lines if "finished" in line]
     assert rows[0].split()[:7] == ["0029", "best@7", "of", "60", "0.800", "0.290", "0.100"]
     assert rows[-1].startswith("at (base) seed 0  best@7 of 60")
-    assert "best so far: trial 0029, score 0.290 over 2 epochs" in lines
+    assert "best so far: trial 0029, score 0.290 over 3 epochs" in lines
     (settings,) = (line for line in lines if "alpha=" in line)
     assert all(f"{label}=0.123" in settings for label in param_labels(list(space.space)).values())
 

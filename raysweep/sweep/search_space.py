@@ -52,7 +52,7 @@ DEFAULT_FINALISTS = 3
 """Number of finalists of a new sweep."""
 DEFAULT_BASE_RUNS = 2
 """Number of base runs in a new sweep of a reweighting method."""
-DEFAULT_SCORE_EPOCHS = 2
+DEFAULT_SCORE_EPOCHS = 3
 """Number of epochs that the score of a trial averages in a new sweep with one metric and a fixed
 learning rate."""
 _KINDS = ("float", "int", "categorical")
@@ -307,12 +307,12 @@ class SearchSpace(Spec):
     """Validation metric to maximise, or a list of several for a Pareto front. The first decides
     which epoch of a trial is its best."""
     score_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of epochs that the score of a trial averages. Trials are ranked by their scores, which
-    the sampler is told, too: the best mean of the metric over so many consecutive validated epochs
-    after the burn-in, or over all while there are fewer. The best epoch alone is partly best by
-    luck. It remains the checkpoint of its trial, and ASHA compares single epochs. 1: the score is
-    the metric of the best epoch. null: 2 in a new sweep with one metric that does not search the
-    learning rate; otherwise 1, as in a sweep of an earlier version."""
+    """Number of epochs that the score of a trial averages: the best mean of the metric over that
+    many consecutive validated epochs after the burn-in, or over all while there are fewer. Trials
+    are ranked by their scores, and the sampler is told the scores. The best epoch alone is partly
+    best by luck; it remains the checkpoint of its trial, and ASHA compares single epochs. 1: the
+    score is the metric of the best epoch. null: 3 in a new sweep with one metric; 1 with several, and in a
+    sweep of an earlier version."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
@@ -389,13 +389,8 @@ class SearchSpace(Spec):
         return self.replace(base_runs=DEFAULT_BASE_RUNS)
 
     def with_default_score_epochs(self) -> "SearchSpace":
-        """Return this space for a new sweep, with a number of epochs that a score averages.
-
-        Where the learning rate is searched, a mean includes epochs from before its last drop, which
-        say more about the rate than about the end.
-        """
-        has_lr = any("optim.lr" in path or fnmatchcase("optim.lr", path) for path in self.space)
-        if self.score_epochs is not None or len(self.objectives) > 1 or has_lr:
+        """Return this space for a new sweep, with a number of epochs that a score averages."""
+        if self.score_epochs is not None or len(self.objectives) > 1:
             return self
         return self.replace(score_epochs=DEFAULT_SCORE_EPOCHS)
 
