@@ -552,7 +552,7 @@ class SearchSpace(Spec):
             if all(
                 named.trial_config(params) == current.trial_config(params)
                 for params in self._list_probe_params()
-                # No default depends on the seed, of which grids of a pipeline have several.
+                # Points that set only the seed are skipped: no default depends on it.
                 if params.keys() != {"seed"}
             ):
                 return named
