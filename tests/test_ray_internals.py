@@ -323,8 +323,8 @@ def start_own_cluster() -> None:
         folder = create_private_ray_folder()
         print("sockets are in the private folder:", any(folder.glob("session_*/sockets/raylet*")))
     left = set(os.environ.items()) - set(before.items()) - set(marked.items())
-    names = sorted(name for name, _ in left if name in RAY_ENVIRONMENT)
-    print("left behind:", names, ray.is_initialized())
+    names = sorted(name for name, _ in left if name in RAY_ENVIRONMENT or "AUTH" in name)
+    print("left behind:", names, ray.is_initialized(), ray_internals.requires_token())
 
 
 @pytest.mark.ray
@@ -342,7 +342,7 @@ def test_workers_of_our_cluster_have_the_environment_and_this_process_only_meanw
     assert {
         "workers have them: True",
         "sockets are in the private folder: True",
-        "left behind: [] False",
+        "left behind: [] False False",
     } <= set(done.out.splitlines())
 
 

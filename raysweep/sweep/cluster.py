@@ -35,6 +35,7 @@ from raysweep.sweep.ray_internals import (
     check_ray_internals,
     describe_exposure,
     hide_lost_process_messages,
+    keep_authentication_mode,
     listen_on_loopback,
     silence_authentication_log,
     skip_unused_processes,
@@ -77,7 +78,12 @@ def connect_to_cluster(
     """
     if address is not None and address != "auto":
         _require_reachable(address)
-    with ray_environment(), token_without_home(), hide_lost_process_messages():
+    with (
+        ray_environment(),
+        token_without_home(),
+        hide_lost_process_messages(),
+        keep_authentication_mode(),
+    ):
         check_ray_internals("connect")
         early_start = find_cluster_start()
         if early_start is None and ray.is_initialized():

@@ -67,8 +67,9 @@ class ClusterStart:
             import ray
 
             from raysweep.sweep.cluster import start_local_cluster
+            from raysweep.sweep.ray_internals import keep_authentication_mode
 
-            with ExitStack() as workers:
+            with keep_authentication_mode(), ExitStack() as workers:
                 workers.callback(ray.shutdown)
                 start_local_cluster(workers)
                 self._started.set_result(None)

@@ -7,6 +7,7 @@ of Ray, and `check_ray_internals` checks all of them before any work starts.
 import importlib
 import ipaddress
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ KNOWN_RAY_VERSIONS = ("2.60",)
 
 RayUse = Literal["start", "connect", "sweep"]
 """What a name is needed for: to start a cluster, to use any cluster, to run a sweep."""
+
+_MODE_VARIABLE = "RAY_AUTH_MODE"
 
 # raysweep reports a lost process in one line. Ray would print tracebacks and logs on stdout.
 _LOST_PROCESS_PATTERN = re.compile(
@@ -149,6 +152,12 @@ _AUTHENTICATION_LOGGER = RayInternal(
     "connect",
     "Ray logs that it protects a cluster with a token",
 )
+_SETTINGS = RayInternal(
+    "ray._raylet",
+    "Config",
+    "start",
+    "a program that had a cluster on this machine cannot join one that has no token",
+)
 _STDOUT_FILTER = RayInternal(
     "ray._private.ray_logging",
     "stdout_deduplicator.skip_re",
@@ -201,6 +210,7 @@ RAY_INTERNALS = (
     *_UNUSED_PROCESSES,
     _DASHBOARD_CHECK,
     _AUTHENTICATION_LOGGER,
+    _SETTINGS,
     _STDOUT_FILTER,
     _STDERR_FILTER,
     _TOKEN_CHECK,
@@ -398,6 +408,23 @@ def silence_authentication_log() -> None:
     """Keep Ray from logging at each start that it protects a local cluster with a token."""
     if _AUTHENTICATION_LOGGER.is_present():
         _AUTHENTICATION_LOGGER.resolve().setLevel(logging.ERROR)
+
+
+@contextmanager
+def keep_authentication_mode() -> Iterator[None]:
+    """Restore at the end of this block whether Ray uses tokens in this process.
+
+    `ray.init` turns them on for good when it starts a cluster on this machine.
+    """
+    former = os.environ.get(_MODE_VARIABLE)
+    try:
+        yield
+    finally:
+        if os.environ.get(_MODE_VARIABLE) != former:
+            os.environ.pop(_MODE_VARIABLE, None)
+            os.environ.update({} if former is None else {_MODE_VARIABLE: former})
+            if _SETTINGS.is_present():
+                _SETTINGS.resolve().initialize("")
 
 
 def requires_token() -> bool:

@@ -311,8 +311,8 @@ class SearchSpace(Spec):
     many consecutive validated epochs after the burn-in, or over all while there are fewer. Trials
     are ranked by their scores, and the sampler is told the scores. The best epoch alone is partly
     best by luck; it remains the checkpoint of its trial, and ASHA compares single epochs. 1: the
-    score is the metric of the best epoch. null: 3 in a new sweep with one metric; 1 with several, and in a
-    sweep of an earlier version."""
+    score is the metric of the best epoch. null: 3 in a new sweep with one metric; 1 with several,
+    and in a sweep of an earlier version."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
