@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,14 +27,20 @@ def kernel(ray_cluster) -> Iterator[KernelManager]:
     """A kernel that joins the cluster of the tests. Both tests use it, because its imports take
     longer than a small sweep.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as sockets:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("RAY_ADDRESS", ray_cluster.address)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        kernel = KernelManager(client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        # A port that is free when Jupyter chooses it may be Ray's when the kernel opens it.
+        kernel = KernelManager(
+            client_class="jupyter_client.asynchronous.AsyncKernelClient",
+            transport="ipc",
+            connection_file=f"{sockets}/kernel.json",
+        )
         kernel.start_kernel()
-    yield kernel
-    kernel.shutdown_kernel(now=True)
+        patch.undo()
+        yield kernel
+        kernel.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
