@@ -183,6 +183,13 @@ class TestWhatIsSaid:
             "robust worst was not too high for any of them",
         ]
 
+    def test_what_ranks_is_named(self, tmp_path: Path) -> None:
+        trials = [make_trial(0, 0.510, 0.470), make_trial(1, 0.500, 0.490)]
+        others = [make_trial(2, 0.3), make_trial(3, 0.2)]
+        ledger = make_ledger(tmp_path, *trials, *others, score_epochs=3)
+        chosen = "the score alone would have chosen trial 0000, which is 0.020 worse"
+        assert describe_finalists(ledger)[1] == f"{chosen} under AutoAttack"
+
     def test_a_failed_attack(self, tmp_path: Path) -> None:
         result = FinalistResult(3, None, 200, 0.2, "Linf", error="no gradient")
         trials = [make_trial(0, 0.5, finalist=result), make_trial(1, 0.4, 0.3)]

@@ -102,6 +102,7 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     if summary is None:
         return _describe_failed_attacks(ledger)
     name = summary.objective.replace("_", " ")
+    chooser = "the score" if ledger.space.score_name == "score" else name
     results = ", ".join(
         f"trial {trial.number:04d} {trial.final_score(summary.objective):.3f} "
         f"({name} {trial.best_epoch_value(summary.objective):.3f})"
@@ -111,11 +112,11 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     if len(ledger.space.objectives) > 1:
         lines.append(_describe_new_front(summary))
     elif summary.by_autoattack[0].number == summary.by_objective[0].number:
-        lines.append(f"{name} alone would have chosen the same trial")
+        lines.append(f"{chooser} alone would have chosen the same trial")
     else:
         lines.append(
-            f"{name} alone would have chosen trial {summary.by_objective[0].number:04d}, which is "
-            f"{summary.gain:.3f} worse under AutoAttack"
+            f"{chooser} alone would have chosen trial {summary.by_objective[0].number:04d}, which "
+            f"is {summary.gain:.3f} worse under AutoAttack"
         )
     lines.append(_describe_overestimates(name, summary.overestimates))
     return lines
