@@ -8,7 +8,8 @@ Runs `raysweep tune` on a tiny sweep, in turn with the checkouts of --code and w
 of the first epoch and to its end, and the processor seconds of all its processes until the first
 epoch (least, median, most). Processor seconds depend less on other load. The epoch itself is not
 subtracted: the line below the table has its seconds. A second table has the memory of the command
-and of the workers that train, once a trial has reported its second epoch.
+and of the workers that train, once a trial has reported its second epoch. The last line has what a
+program without raysweep needs for the same libraries, a node of Ray and an actor with PyTorch.
 """
 
 import argparse
@@ -31,6 +32,17 @@ SETTINGS = (
     *("finalists=0", "base_runs=0"),
 )
 WORKERS = {"1": "forks of a server", "0": "ordinary workers"}
+
+BARE_START = """
+import time
+began = time.monotonic()
+import ray.tune, torch
+imported = time.monotonic()
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+started = time.monotonic()
+ray.get(ray.remote(lambda: __import__("torch").ones(1).sum().item()).remote())
+print("seconds", imported - began, started - imported, time.monotonic() - started)
+"""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,15 @@ def run_sweep(code: Path, forks: str) -> SweepMeasurement:
         ]
     seconds = min(row["train/seconds"] + row["validation_seconds"] for row in epochs)
     return SweepMeasurement(first_epoch, total, processor, seconds, memory)
+
+
+def measure_bare_start() -> list[float]:
+    """Return the seconds of imports, of Ray's start and of a first task in a program of its own."""
+    found = subprocess.run(
+        [sys.executable, "-c", BARE_START], capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith("seconds")]
+    return [float(text) for text in line.split()[1:]]
 
 
 def sum_processor_seconds(pid: int) -> float:
@@ -152,6 +173,9 @@ def main() -> None:
     print(f"\nThe first epoch itself: {_summarize(tuple(epochs), 2)} s\n")
     head = ["code", "workers", "process", "resident, MiB", "proportional share", "private"]
     print(format_table(head, sizes))
+    bare = zip(*(measure_bare_start() for _ in range(args.rounds)), strict=True)
+    imports, start, task = (_summarize(column) for column in bare)
+    print(f"\nWithout raysweep: imports {imports} s; Ray's start {start} s; first task {task} s")
 
 
 def _summarize(values: tuple[float, ...], digits: int = 1) -> str:
