@@ -324,7 +324,8 @@ def start_own_cluster() -> None:
         print("sockets are in the private folder:", any(folder.glob("session_*/sockets/raylet*")))
     left = set(os.environ.items()) - set(before.items()) - set(marked.items())
     names = sorted(name for name, _ in left if name in RAY_ENVIRONMENT or "AUTH" in name)
-    print("left behind:", names, ray.is_initialized(), ray_internals.requires_token())
+    token = ray_internals._TOKENS.resolve().instance().get_token_for_http_header()
+    print("left behind:", names, token, ray.is_initialized(), ray_internals.requires_token())
 
 
 @pytest.mark.ray
@@ -342,7 +343,7 @@ def test_workers_of_our_cluster_have_the_environment_and_this_process_only_meanw
     assert {
         "workers have them: True",
         "sockets are in the private folder: True",
-        "left behind: [] False False",
+        "left behind: [] {} False False",
     } <= set(done.out.splitlines())
 
 

@@ -158,6 +158,12 @@ _SETTINGS = RayInternal(
     "start",
     "a program that had a cluster on this machine cannot join one that has no token",
 )
+_TOKENS = RayInternal(
+    "ray._raylet",
+    "AuthenticationTokenLoader",
+    "start",
+    "the workers of a cluster without a token cannot talk to a program that had a cluster with one",
+)
 _STDOUT_FILTER = RayInternal(
     "ray._private.ray_logging",
     "stdout_deduplicator.skip_re",
@@ -211,6 +217,7 @@ RAY_INTERNALS = (
     _DASHBOARD_CHECK,
     _AUTHENTICATION_LOGGER,
     _SETTINGS,
+    _TOKENS,
     _STDOUT_FILTER,
     _STDERR_FILTER,
     _TOKEN_CHECK,
@@ -425,6 +432,9 @@ def keep_authentication_mode() -> Iterator[None]:
             os.environ.update({} if former is None else {_MODE_VARIABLE: former})
             if _SETTINGS.is_present():
                 _SETTINGS.resolve().initialize("")
+            # The mode alone does not suffice: a token that was read once is demanded ever after.
+            if _TOKENS.is_present():
+                _TOKENS.resolve().instance().reset_cache()
 
 
 def requires_token() -> bool:
