@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from urllib.request import urlopen
 
 import forked_processes
 from forked_processes import ForkedProcess
+from free_ports import choose_free_port
 
 
 class MlflowServer:
@@ -22,9 +22,7 @@ class MlflowServer:
     def __init__(self, folder: Path) -> None:
         """Choose a port; the database and the artifacts are in a folder."""
         self._folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = choose_free_port()
         self.database_uri = f"sqlite:///{folder / 'server.db'}"
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: ForkedProcess | None = None

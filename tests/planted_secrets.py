@@ -20,7 +20,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import psutil
+from free_ports import choose_free_port
 from mlflow_server import MlflowServer
 
 MARK = secrets.token_hex(8)
@@ -340,10 +340,8 @@ def play_on_two_nodes(place: Playground) -> list[Finding]:
     os.environ.update(HOME=str(place.folder / "home"), TMPDIR=str(place.folder / "tmp"))
     with ray_environment(), listen_on_loopback():
         temporary = place.folder / "tmp" / "ray"
-        with socket.socket() as free:
-            # Another Ray of this machine may have the usual port.
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Another Ray of this machine may have the usual port.
+        port = choose_free_port()
         head = {"num_cpus": 1, "temp_dir": str(temporary), "dashboard_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -148,13 +147,12 @@ def bucket() -> dict[str, str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ThreadedMotoServer("127.0.0.1", port, verbose=False).start()
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
     where = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
              "AWS_DEFAULT_REGION": "us-east-1",
-             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}  # fmt: skip
+             "AWS_ENDPOINT_URL": f"http://{host}:{port}"}  # fmt: skip
     os.environ.update(where)
     boto3.client("s3").create_bucket(Bucket="lab")
     return where

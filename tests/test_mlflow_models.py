@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from free_ports import choose_free_port
 
 from raysweep.data import DatasetSplits, load_data
 from raysweep.stores import open_path
@@ -109,9 +109,7 @@ def test_a_model_with_a_network_of_somebodys_code_is_not_imported(
 def test_mlflow_serves_the_champion(
     champion: Tracker, trained: tuple[TrainingResult, DatasetSplits], workdir: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = choose_free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["--model-uri", "models:/digits@champion", "--port", str(port), "--workers", "1"]
     with (workdir / "serve.log").open("wb") as log:

@@ -5,7 +5,6 @@ here.
 import copy
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny
+from free_ports import choose_free_port
 from safetensors.torch import load_file
 from test_preemption import same_run
 from torch import nn
@@ -53,9 +53,7 @@ def method(name: str) -> Method:
 
 def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run `work(*arguments)` in `size` processes of one gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = choose_free_port()
     forked_processes.FORKS.set_forkserver_preload(forked_processes.TRAINING)
     mp.start_processes(
         _joined, (size, port, work, arguments), nprocs=size, start_method="forkserver"
