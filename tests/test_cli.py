@@ -669,6 +669,10 @@ def test_a_refused_resume_changes_nothing(
             ["list", "more"],
             "argument runs: 'more' is not `runs`, the only list of its own; `raysweep list` has",
         ),
+        (
+            ["tune", "lrat", "--set", "cpus_per_trial=5"],
+            "argument --set: cpus_per_trial is not a setting, it is the option --cpus-per-trial; ",
+        ),
         (["tun", "lrat"], "invalid choice: 'tun'"),
     ],
 )

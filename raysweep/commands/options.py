@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 # A string, because the class of argparse takes no type arguments while the program runs.
 CommandParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -54,11 +54,28 @@ def add_command(
     return parser
 
 
+class _AppendAssignment(argparse.Action):
+    """Collect the values of `--set`; refuse one that is meant for another option."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name = values.partition("=")[0].strip()
+        option = f"--{name.replace('_', '-')}"
+        if option in parser._option_string_actions:
+            parser.error(f"argument --set: {name} is not a setting, it is the option {option}")
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
 def add_override_options(parser: argparse.ArgumentParser) -> None:
     """Add `--set` and `--data-dir`, which change settings."""
     parser.add_argument(
         "--set",
-        action="append",
+        action=_AppendAssignment,
         default=[],
         metavar="PATH=VALUE",
         help="change a setting (repeatable)",
