@@ -5,9 +5,9 @@
 
 Both run in this environment, so the other commit needs the same dependencies. The sampler and the
 trainings use the same seed. Only the later version attacks finalists and trains base runs; its
-sweeps leave both out here. The checkpoint that each sweep chose is evaluated on all test images by
-the objective of this version. Results stay in WORK: the same command resumes an
-interrupted run.
+sweeps leave both out here. The checkpoint that each sweep chose is attacked on all test images by
+full AutoAttack and by the objective, both of this version. Results stay in WORK: the same command
+resumes an interrupted run.
 """
 
 import json
@@ -17,17 +17,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from command_line import create_parser
 from measure import describe_machine, describe_mean, format_table
+from scipy.stats import ttest_1samp
 
 from raysweep.atomic_files import atomic_open
+from raysweep.attacks import build_named_attack
 from raysweep.data import load_data
+from raysweep.evaluation import evaluate
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
 from raysweep.training.checkpoint import read_checkpoint
+from raysweep.training.model_loading import load_trained_model
 
 HERE = Path(__file__).resolve().parent.parent
+METRICS = ("autoattack", "objective", "epochs")
+HEADER = [
+    f"{name} {version}"
+    for name in ("AutoAttack", "objective", "epochs")
+    for version in ("before", "after")
+]
 
 
 def call(code: Path, folder: Path, *arguments: str) -> Any:
@@ -46,21 +57,32 @@ def call(code: Path, folder: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
-def evaluate_best(folder: Path, method: str) -> float:
-    """Return the objective on all test images of the checkpoint that a sweep chose.
+def evaluate_best(folder: Path, method: str) -> dict[str, float]:
+    """Evaluate the checkpoint that a sweep chose on all test images.
 
     Args:
         folder: Folder of the sweep, of either version.
         method: Method of the sweep.
+
+    Returns:
+        Accuracy by full AutoAttack and by the objective.
     """
     ledger = Ledger.open(folder)
     best = ledger.find_best_trial()
     assert best is not None
-    saved = read_checkpoint(ledger.best_checkpoint_path(best))
     config = load_space(method, {}).trial_config({})
-    model = saved.load_weights(saved.config.model.build_model(1, 10, 0)).eval()
-    validation = config.validation.replace(size=None, scales=())
-    return float(validation(model, load_data(config.data).test)["robust_worst"])
+    data = load_data(config.data)
+    model = load_trained_model(read_checkpoint(ledger.best_checkpoint_path(best)), data)
+    validation = config.resolve_at(config.epochs - 1).validation.replace(size=None, scales=())
+    threat_model = validation.find_threat_model()
+    assert threat_model is not None
+    images, labels = data.test.get_float_images(slice(None)), data.test.y
+    attack = build_named_attack("autoattack", *threat_model)
+    report = evaluate(model, images, labels, attack, index=data.test.index)
+    return {
+        "autoattack": report.robust_accuracy,
+        "objective": float(validation(model, data.test)["robust_worst"]),
+    }
 
 
 def run_sweep(
@@ -69,7 +91,7 @@ def run_sweep(
     """Run a sweep, or its rest, and evaluate the checkpoint that it chose.
 
     Returns:
-        `robust`: the objective on test images; `epochs`: epochs trained by the sweep.
+        `autoattack` and `objective`: accuracies on test images; `epochs`: epochs trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     space = yaml.safe_load((code / "search_spaces" / f"{method}.yaml").read_text())
@@ -82,10 +104,31 @@ def run_sweep(
     is_started = (folder / "runs" / "sweep" / "sweep.json").exists()
     facts = call(code, folder, *(["tune", "--resume", "sweep"] if is_started else start))
     return {
-        "robust": evaluate_best(folder / "runs" / "sweep", method),
+        **evaluate_best(folder / "runs" / "sweep", method),
         "epochs": facts["epochs"]["trained"],
         "machine": describe_machine(),
     }
+
+
+def list_rows(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Return a row for each seed, the means, and the mean paired differences with their 95%
+    intervals (Student's t).
+    """
+    pairs = [*zip(results["before"], results["after"], strict=True)]
+    rows = [
+        [str(seed), *(f"{run[key]:.4g}" for key in METRICS for run in pair)]
+        for seed, pair in enumerate(pairs)
+    ]
+    means = [
+        describe_mean([run[key] for run in results[name]]) for key in METRICS for name in results
+    ]
+    rows.append(["mean +- standard error", *means])
+    differences = []
+    for key in METRICS:
+        values = np.array([after[key] - before[key] for before, after in pairs])
+        interval = ttest_1samp(values, 0).confidence_interval()
+        differences += ["", f"{values.mean():+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"]
+    return [*rows, ["after minus before (95% interval)", *differences]]
 
 
 def main() -> None:
@@ -101,8 +144,8 @@ def main() -> None:
     options = [part for setting in args.set for part in ("--set", setting)]
     options += ["--trials", str(args.trials)] if args.trials else []
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in versions}
-    for seed in range(args.seeds):
-        for name, code in versions.items():
+    for name, code in versions.items():
+        for seed in range(args.seeds):
             folder = args.work.resolve() / f"{args.method}-{name}-{seed}"
             path = folder / "result.json"
             if not path.exists():
@@ -111,19 +154,8 @@ def main() -> None:
                     file.write(json.dumps(found).encode())
             results[name].append(json.loads(path.read_text()))
             print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    rows = [
-        [name, str(len(runs)), *(describe_mean([run[key] for run in runs]) for key in keys)]
-        for keys in [("robust", "epochs")]
-        for name, runs in results.items()
-    ]
-    difference = [
-        after["robust"] - before["robust"]
-        for before, after in zip(results["before"], results["after"], strict=True)
-    ]
-    header = ["version", "seeds", "robust worst on test", "epochs trained"]
     print(describe_machine())
-    print(format_table(header, rows))
-    print(f"after minus before, same seed: {describe_mean(difference)}")
+    print(format_table(["seed", *HEADER], list_rows(results)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
 from raysweep.training.selection import SelectionRule, average_epochs
 
 CONCURRENCY = 2
+LEARNING_RATES = "optim.lr.values"
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Table:
         test: Accuracy of the best checkpoint on test images, (settings, seeds).
         burn_in: First epochs in which a setting's weights do not act, (settings,).
         score_epochs: Number of epochs that a score averages (`SearchSpace.score_epochs`).
+        margin_factor: Factor of the margin in the score and at rungs (`SearchSpace.margin_factor`).
         points: The settings in the unit cube, (settings, dimensions).
     """
 
@@ -51,6 +53,7 @@ class Table:
     test: np.ndarray
     burn_in: np.ndarray
     score_epochs: int = 1
+    margin_factor: float = 0.0
     points: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +102,8 @@ class Table:
         rule = SelectionRule("", first, score_epochs=self.score_epochs)
         best = first + int(values[first:].argmax())
         score = max(average_epochs([*enumerate(values.tolist(), 1)], rule))
-        return score, float(self.margin[setting, seed, best])
+        margin = float(self.margin[setting, seed, best])
+        return score + self.margin_factor * margin, margin
 
 
 def load_table(path: Path, name: str) -> Table:
@@ -125,6 +129,7 @@ def load_table(path: Path, name: str) -> Table:
         np.array([[seeds[seed]["test"] for seed in (0, 1)] for seeds in rows]),
         np.array([seeds[0]["burn_in"] for seeds in rows]),
         space.score_epochs or 1,
+        space.margin_factor,
     )
 
 
@@ -186,11 +191,19 @@ class OptunaSearch:
 
 @dataclass
 class Asha:
-    """ASHA as a sweep runs it."""
+    """ASHA as a sweep runs it.
+
+    Attributes:
+        grace_period: Epoch of the first rung.
+        reduction_factor: The best 1 / reduction_factor of the trials continue.
+        compares_same_lr: Whether only trials with the same learning rates are compared.
+        values: The values of each rung, or of the trials with the same learning rates there.
+    """
 
     grace_period: int
     reduction_factor: int = 2
-    values: dict[int, list[float]] = field(default_factory=dict)
+    compares_same_lr: bool = False
+    values: dict[tuple[int, str], list[float]] = field(default_factory=dict)
 
     def stops(self, table: Table, setting: int, seed: int, epoch: int) -> bool:
         rung = self.grace_period
@@ -199,7 +212,9 @@ class Asha:
         if rung != epoch:
             return False
         value = float(table.objective[setting, seed, epoch - 1])
-        values = self.values.setdefault(rung, [])
+        value += table.margin_factor * float(table.margin[setting, seed, epoch - 1])
+        group = str(table.params[setting].get(LEARNING_RATES)) if self.compares_same_lr else ""
+        values = self.values.setdefault((rung, group), [])
         values.append(value)
         n_promoted = max(1, len(values) // self.reduction_factor)
         return value < sorted(values)[-n_promoted]

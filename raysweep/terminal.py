@@ -240,7 +240,7 @@ class SweepDisplay:
             best = min(scored, key=self._ledger.rank_trial)
             epoch = f"in epoch {int(best.best['epoch'])}"
             if space.score_name == "score":
-                epoch = f"over {space.score_epochs} epochs"
+                epoch = f"over {format_count(space.score_epochs or 1, 'epoch')}"
             lines += [
                 f"best so far: {best.title}, {space.score_name.replace('_', ' ')} "
                 f"{best.score(objective):.3f} {epoch}",

@@ -3,6 +3,7 @@ Ray is started.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +195,24 @@ def test_trials_of_earlier_drivers_count_whatever_became_of_them(tmp_path: Path)
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_margins_are_compared_too(remembered: bool, tmp_path: Path) -> None:
+    """With twice its margin trial 0 has 0.5 + 2 * 0.3 = 1.1, trial 1 has 1.0, trial 2 has 1.2."""
+    rungs = Rungs(tmp_path / "first", margin_factor=2)
+    past = []
+    if remembered:
+        metrics = {"epoch": 2.0, "robust_worst": 0.5, "robust_margin": 0.3}
+        rule = rungs.asha._space.find_selection_rule({BURN_IN: 0})
+        trial = Trial(0, {BURN_IN: 0}).with_rule(rule).with_epoch(metrics, rule)
+        ledger = Ledger.open(tmp_path / "first" / "sweep")
+        past = [replace(ledger.with_rung_results(trial, 8), rung_verdicts=None)]
+        rungs = Rungs(tmp_path / "again", *past, margin_factor=2)
+    else:
+        assert not rungs.stops(0, 2, 0.5, robust_margin=0.3)
+    assert rungs.stops(1, 2, 0.8, robust_margin=0.1)
+    assert not rungs.stops(2, 2, 0.4, robust_margin=0.4)
 
 
 def test_an_epoch_without_the_objective_is_no_rung_yet(tmp_path: Path) -> None:

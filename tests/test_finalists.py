@@ -187,8 +187,10 @@ class TestWhatIsSaid:
         trials = [make_trial(0, 0.510, 0.470), make_trial(1, 0.500, 0.490)]
         others = [make_trial(2, 0.3), make_trial(3, 0.2)]
         ledger = make_ledger(tmp_path, *trials, *others, score_epochs=3)
-        chosen = "the score alone would have chosen trial 0000, which is 0.020 worse"
-        assert describe_finalists(ledger)[1] == f"{chosen} under AutoAttack"
+        assert describe_finalists(ledger)[1] == (
+            "the score alone would have chosen trial 0000; lowered by AutoAttack, its score is "
+            "0.020 below"
+        )
 
     def test_a_failed_attack(self, tmp_path: Path) -> None:
         result = FinalistResult(3, None, 200, 0.2, "Linf", error="no gradient")

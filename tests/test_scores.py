@@ -11,6 +11,8 @@ from raysweep.pipeline.artifact import rank_candidates
 from raysweep.pipeline.stage_sweep import drop_data_location
 from raysweep.spec import SpecError
 from raysweep.sweep.extension_checks import check_extension
+from raysweep.sweep.finalist_result import FinalistResult
+from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.sweep.trial import Trial
@@ -71,14 +73,73 @@ def test_a_trial_is_ranked_by_its_best_mean_and_keeps_its_best_epoch(tmp_path: P
     assert repeated.best_epoch_value("robust_worst") == pytest.approx((0.6 + 0.3) / 2)
 
 
+def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
+    """0.9 in epoch 2 is the best epoch; its margin is added to the best mean, at a rung that of the
+    epoch. A metric without a margin, and several metrics, leave it out.
+    """
+    space = build_space(score_epochs=2, margin_factor=0.5)
+    rule = space.find_selection_rule({})
+    trial = Trial(0, {LR: 0.1}).with_rule(rule)
+    for epoch, (value, margin) in enumerate([(0.3, 0.8), (0.9, 0.4), (0.5, 0.6)], 1):
+        row = {"epoch": float(epoch), "robust_worst": value, "robust_margin": margin}
+        trial = trial.with_epoch(row, rule)
+    assert trial.score("robust_worst") == pytest.approx((0.9 + 0.5) / 2 + 0.5 * 0.4)
+    assert space.describe_score() == (
+        "score (the best mean robust worst over 2 consecutive epochs, plus 0.5 times its robust "
+        "margin)"
+    )
+    alone = build_space(margin_factor=1)
+    assert alone.score_name == "score"
+    best_alone = trial.with_score(alone.find_selection_rule({}))
+    assert best_alone.score("robust_worst") == pytest.approx(0.9 + 0.4)
+    for metric in ("clean", ["robust_worst", "clean"]):
+        without = build_space(margin_factor=1, metric=metric)
+        assert without.find_selection_rule({}).margin_factor == 0
+        assert without.score_name == without.objectives[0] and without.find_problems() == []
+
+
+def test_autoattack_lowers_the_scores_of_finalists(tmp_path: Path) -> None:
+    """Trial 0 has the better epoch under AutoAttack, 0.72 and 0.66, but the lower mean.
+
+    Its score is lowered by 0.08, that of trial 1 by 0.04.
+    """
+    for score_epochs, order in ((1, [0, 1]), (2, [1, 0])):
+        space = build_space(score_epochs=score_epochs, finalists=2, trials=2)
+        ledger = Ledger.create(tmp_path / str(score_epochs), space)
+        rule = space.find_selection_rule({})
+        for number, (values, robust) in enumerate((([0.4, 0.8], 0.72), ([0.7, 0.7], 0.66))):
+            best_epoch = 2 if number == 0 else 1
+            result = FinalistResult(best_epoch, robust, 200, 0.2, "Linf")
+            ledger.save_trial(replace(train(number, values, rule), finalist=result))
+        ranked = ledger.rank_trials()
+        assert [trial.number for trial in ranked] == order
+    corrected = [trial.corrected_score("robust_worst") for trial in ranked]
+    assert corrected == pytest.approx([0.7 - 0.04, 0.6 - 0.08])
+    summary = summarize_finalists(ledger)
+    assert summary is not None and summary.gain == 0
+    assert [trial.final_score("robust_worst") for trial in ranked] == [0.66, 0.72]
+    candidates = [
+        build_candidate(f"s/{trial.number}", trial.best["robust_worst"]).replace(
+            checkpoint=f"s/{trial.number:04d}/epoch-0001",
+            average=trial.score("robust_worst"),
+            autoattack=trial.final_score("robust_worst"),
+        )
+        for trial in ranked
+    ]
+    assert [x.label for x in rank_candidates(candidates)] == ["s/1", "s/0"]
+
+
 def test_earlier_sweeps_and_digests_stay_as_they_are() -> None:
     """A sweep keeps its rule; a new one of a shipped space has the default."""
     old, new = build_space(), load_space("gairat", {})
-    assert "score_epochs" not in old.to_stored_dict() and old.score_name == "robust_worst"
+    assert not {"score_epochs", "margin_factor"} & old.to_stored_dict().keys()
+    assert old.score_name == "robust_worst"
     assert new.score_name == "score" and new.score_epochs is not None
     assert "score_epochs" not in drop_data_location(new)
     assert drop_data_location(new.replace(score_epochs=5))["score_epochs"] == 5
     assert "averages" not in train(0, VALUES, old.find_selection_rule({})).to_stored_dict()
+    with pytest.raises(SpecError, match=r"^margin_factor = 1.0: the sweep has 0.0; "):
+        check_extension(old, old.replace(margin_factor=1.0), {})
     with pytest.raises(SpecError, match=r"^score_epochs = 3: the sweep has None; "):
         check_extension(old, old.replace(score_epochs=3), {})
     (line,) = build_space(metric=["robust_worst", "clean"], score_epochs=3).find_problems()
@@ -108,5 +169,10 @@ def test_means_are_not_compared_with_best_epochs_of_other_runs() -> None:
     a = a.replace(average=0.4, checkpoint="s/0000/epoch-0001")
     b = b.replace(average=0.45, checkpoint="s/0001/epoch-0001")
     assert [x.label for x in rank_candidates([a, b])] == ["b", "a"]
+    with_margin = a.replace(average=0.9, margin_factor=1.0, checkpoint="t/0000/epoch-0001")
+    assert [x.label for x in rank_candidates([with_margin, b])] == ["a", "b"]
+    assert [
+        x.label for x in rank_candidates([b.replace(metrics={"robust_worst": 0.61}), with_margin])
+    ] == ["b", "a"]
     c = c.replace(checkpoint="run/epoch-0001")
     assert [x.label for x in rank_candidates([a, b, c])] == ["b", "c", "a"]

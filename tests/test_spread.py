@@ -273,7 +273,7 @@ class TestWhatIsSaid:
             0, 150, params={LR: 0.1, "seed": 1}, epoch=epoch, burn_in=burn_in, kind=kind
         )
         train_model(tiny("at", epochs=2), ledger.run_path(trial))
-        found = ledger.with_rung_verdicts(trial, 4).rung_verdicts
+        found = ledger.with_rung_results(trial, 4).rung_verdicts
         is_kept = (epoch, burn_in, kind) == (2, 0, "trial")
         assert found == (RunDirectory(ledger.run_path(trial)).read_verdicts(2) if is_kept else None)
         assert (found is not None) == is_kept

@@ -477,8 +477,8 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     for name, metric in trial.best.items():
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
-    for objective, average in trial.averages.items():
-        print(f"{ledger.space.describe_score()}\n  {objective} = {average:.4f}")
+    for average in trial.averages.values():
+        print(f"{ledger.space.describe_score()}\n  score = {average:.4f}")
     if trial.repeats:
         objective = ledger.space.objectives[0]
         scores = ", ".join(f"{score:.4f}" for score in list_seed_scores(trial, objective))

@@ -48,6 +48,7 @@ class Candidate(Spec):
             "n_seeds",
             "mean_score",
             "average",
+            "margin_factor",
         }
     )
 
@@ -94,6 +95,8 @@ class Candidate(Spec):
     """Best mean of the objective over consecutive epochs of the trial, by which the sweep ranks it,
     as the mean over the seeds; null for a last checkpoint, and if the sweep ranks by the best epoch
     alone."""
+    margin_factor: float = 0.0
+    """Factor of the margin that `average` includes (`SearchSpace.margin_factor`)."""
 
     def score(self, metric: str) -> float:
         """Return the score by which the sweep ranked the trial, if the metric is the sweep's
@@ -116,6 +119,14 @@ class Candidate(Spec):
         if self.autoattack is None or not is_robust_objective(metric):
             return self.score(metric)
         return self.autoattack
+
+    def corrected_score(self, metric: str) -> float:
+        """Return the score, lowered by as much as AutoAttack lowers the metric of the checkpoint
+        (see `Trial.corrected_score`).
+        """
+        if self.autoattack is None or not is_robust_objective(metric):
+            return self.score(metric)
+        return self.autoattack + (self.score(metric) - self.checkpoint_value(metric))
 
     @property
     def has_attacked_finalists(self) -> bool:
@@ -323,14 +334,14 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     one config share a rank, which has the mean of their scores. Within it the better seed comes
     first. Candidates that were validated on the test images come last: their scores are too high.
 
-    Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
+    Where AutoAttack has attacked the finalists of all sweeps, corrected scores decide. Where some
     candidates are of sweeps without finalists, all are compared by the objective; the trials of one
     sweep with finalists then keep the order of their sweep among each other. So do those of a sweep
     that repeated its best trials.
 
-    Scores that are means over epochs are compared only if all candidates have one. Otherwise the
-    objective of the checkpoints decides, and the trials of a sweep with such scores keep the order
-    of their sweep among each other.
+    Scores that are means over epochs are compared only if all candidates have one, with the same
+    factor of the margin. Otherwise the objective of the checkpoints decides, also under AutoAttack,
+    and the trials of a sweep with such scores keep the order of their sweep among each other.
 
     Args:
         candidates: Candidates of any stages.
@@ -338,13 +349,15 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     metric = select_ranking_metrics(candidates)[0]
     averaged = {_sweep_folder(c) for c in candidates if c.average is not None}
     are_all_averaged = all(c.average is not None for c in candidates)
+    are_all_averaged &= len({c.margin_factor for c in candidates}) == 1
     get_score = Candidate.score if are_all_averaged else Candidate.checkpoint_value
     ranked = sorted(candidates, key=_make_rank_key(candidates, metric, get_score))
-    rank_finally = _make_rank_key(candidates, metric, Candidate.final_score)
+    rank_finally = _make_rank_key(candidates, metric, Candidate.corrected_score)
     attacked = {_sweep_folder(c) for c in candidates if c.has_attacked_finalists}
     placed = {_sweep_folder(c) for c in candidates if c.n_seeds > 1}
     if candidates and all(candidate.has_attacked_finalists for candidate in candidates):
-        ranked = sorted(ranked, key=rank_finally)
+        rank_checkpoints = _make_rank_key(candidates, metric, Candidate.final_score)
+        ranked = sorted(ranked, key=rank_finally if are_all_averaged else rank_checkpoints)
     else:
         placed |= attacked
     if not are_all_averaged:
@@ -385,7 +398,8 @@ def _make_rank_key(
             has_ineligible_best=candidate.is_ineligible,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
             is_below_finalists=(
-                get_score is Candidate.final_score and candidate.is_below_finalists
+                get_score in (Candidate.corrected_score, Candidate.final_score)
+                and candidate.is_below_finalists
             ),
             negated_seeds=0,
             negated_score=-mean(scores[candidate.row]),

@@ -299,6 +299,7 @@ def make_candidate(
         n_seeds=len(trial.trainings),
         mean_score=trial.best_epoch_value(objective) if trial.repeats else None,
         average=trial.score(objective) if checkpoint_kind == "best" and trial.averages else None,
+        margin_factor=ledger.space.find_selection_rule(trial.params).margin_factor,
     )
 
 

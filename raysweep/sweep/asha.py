@@ -9,6 +9,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.trial import Trial
+from raysweep.training.selection import add_margin
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,9 @@ class AshaScheduler(FIFOScheduler):
     """Stop a trial at a rung unless it is among the best trials that have reached the rung.
 
     Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
-    1 / reduction_factor of the trials continue. A trial's rungs within its own burn-in are ignored,
-    because its weights have no effect there.
+    1 / reduction_factor of the trials continue, by the objective and the margin of the epoch
+    (`SearchSpace.margin_factor`). A trial's rungs within its own burn-in are ignored, because its
+    weights have no effect there.
 
     Args:
         ledger: The sweep. Epochs that its trials reported before are recorded first.
@@ -35,7 +37,8 @@ class AshaScheduler(FIFOScheduler):
         for trial in ledger.load_trials():
             burn_in = self._space.trial_config(trial.params).burn_in
             for epoch, value in trial.curve:
-                self._record_rung(int(epoch), trial.number, burn_in, value)
+                rung_value = trial.rung_values.get(str(int(epoch)), value)
+                self._record_rung(int(epoch), trial.number, burn_in, rung_value)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
@@ -46,7 +49,8 @@ class AshaScheduler(FIFOScheduler):
         # Building the config is slow, and only needed at rungs.
         if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
-        burn_in = self._space.trial_config(trial.config["params"]).burn_in
+        rule = self._space.find_run_rule(self._space.trial_config(trial.config["params"]))
+        burn_in, value = rule.burn_in, add_margin(value, result, rule)
         is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
         if is_new and not self._is_promotable(epoch, value):
             self._log_stop(trial.config["number"], epoch, value)

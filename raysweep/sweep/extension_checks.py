@@ -14,7 +14,7 @@ CHANGEABLE_SWEEP_SETTINGS = (
     *("share_prefixes", "prefix_gib", "disk_reserve_gib"),
 )
 """Settings of a sweep itself that do not change what a trial is."""
-KEPT_SWEEP_SETTINGS = (*CHANGEABLE_SWEEP_SETTINGS, "score_epochs")
+KEPT_SWEEP_SETTINGS = (*CHANGEABLE_SWEEP_SETTINGS, "score_epochs", "margin_factor")
 """Settings of a sweep itself that a resumed sweep keeps unless its file or `--set` has them."""
 # The same, and keys that are checked one by one.
 _EXTENDABLE_KEYS = {

@@ -20,7 +20,7 @@ class FinalistSummary:
         objective: The (first) objective that is an accuracy under attacks.
         n_examples: Number of validation images.
         by_objective: The finalists in the order of the objective, best first; not empty.
-        by_autoattack: The same trials in the order of their results under AutoAttack.
+        by_autoattack: The same trials in the order of their corrected scores.
         front: With several objectives the members of the Pareto front under AutoAttack; else empty.
     """
 
@@ -40,9 +40,11 @@ class FinalistSummary:
 
     @property
     def gain(self) -> float:
-        """By how much the chosen trial is better under AutoAttack than the objective's choice."""
+        """By how much the corrected score of the chosen trial is above that of the objective's
+        choice.
+        """
         chosen, expected = self.by_autoattack[0], self.by_objective[0]
-        return chosen.final_score(self.objective) - expected.final_score(self.objective)
+        return chosen.corrected_score(self.objective) - expected.corrected_score(self.objective)
 
     def to_json_dict(self) -> JsonDict:
         """Return plain data for `--json`."""
@@ -114,10 +116,12 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     elif summary.by_autoattack[0].number == summary.by_objective[0].number:
         lines.append(f"{chooser} alone would have chosen the same trial")
     else:
-        lines.append(
-            f"{chooser} alone would have chosen trial {summary.by_objective[0].number:04d}, which "
-            f"is {summary.gain:.3f} worse under AutoAttack"
-        )
+        other = f"trial {summary.by_objective[0].number:04d}"
+        if chooser == "the score":
+            text = f"{other}; lowered by AutoAttack, its score is {summary.gain:.3f} below"
+        else:
+            text = f"{other}, which is {summary.gain:.3f} worse under AutoAttack"
+        lines.append(f"{chooser} alone would have chosen {text}")
     lines.append(_describe_overestimates(name, summary.overestimates))
     return lines
 

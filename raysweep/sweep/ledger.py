@@ -29,6 +29,7 @@ from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.selection import (
     RunRank,
     SelectionRule,
+    add_margin,
     get_tie_break,
     rank_epoch,
 )
@@ -359,8 +360,9 @@ class Ledger:
             return trial
         return replace(trial, verdicts=self._read_verdicts(trial, int(trial.best["epoch"])))
 
-    def with_rung_verdicts(self, trial: Trial, max_epochs: int) -> Trial:
-        """Return a trial with the verdicts of its last epoch if that is ASHA's first rung.
+    def with_rung_results(self, trial: Trial, max_epochs: int) -> Trial:
+        """Return a trial with what its last epoch shows at a rung of ASHA: the value that ASHA
+        compares, if that is not the objective alone, and at the first rung the verdicts.
 
         Args:
             trial: The trial, whose last epoch still has its checkpoint.
@@ -370,8 +372,17 @@ class Ledger:
             The trial; unchanged after another epoch, within its burn-in, and if it is a base run or
             a repeat.
         """
-        is_first_rung = trial.epoch in self.space.scheduler.rungs(max_epochs)[:1]
-        if not is_first_rung or trial.kind != "trial" or trial.epoch <= (trial.burn_in or 0):
+        rungs = self.space.scheduler.rungs(max_epochs)
+        if trial.epoch not in rungs or trial.kind != "trial":
+            return trial
+        if trial.epoch <= (trial.burn_in or 0):
+            return trial
+        rule = self._find_rule(trial)
+        if rule.margin_factor and rule.objective in trial.latest:
+            value = add_margin(trial.latest[rule.objective], trial.latest, rule)
+            values = {**trial.rung_values, str(trial.epoch): value}
+            trial = replace(trial, rung_values=values)
+        if trial.epoch != rungs[0]:
             return trial
         return replace(trial, rung_verdicts=self._read_verdicts(trial, trial.epoch))
 
@@ -437,7 +448,8 @@ class Ledger:
     def rank_trials(self) -> list[Trial]:
         """Return the trials that reported the (first) objective, best first (see `rank_trial`).
 
-        Once AutoAttack has attacked all finalists, they come first, in the order of its results.
+        Once AutoAttack has attacked all finalists, they come first, in the order of their corrected
+        scores.
         """
         plan = self.load_repeat_plan()
         by_objective = self._rank_by_objective(plan.trials)
@@ -451,10 +463,10 @@ class Ledger:
             rank = self.rank_trial(trial)
             if trial.number not in numbers:
                 return rank._replace(is_below_finalists=True)
-            score = trial.final_score(metric)
+            score = trial.corrected_score(metric)
             return rank._replace(negated_seeds=0, negated_score=-score, negated_tie_break=0.0)
 
-        # Stable: equal results of AutoAttack stay in the order of the objective.
+        # Stable: equal corrected scores stay in the order of the objective.
         return sorted(by_objective, key=rank_finally)
 
     def _rank_by_objective(self, trials: Sequence[Trial]) -> list[Trial]:

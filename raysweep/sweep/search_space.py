@@ -38,7 +38,7 @@ from raysweep.training.config import (
     name_dataset,
 )
 from raysweep.training.dataset_defaults import is_small_array_set
-from raysweep.training.selection import SelectionRule
+from raysweep.training.selection import TIE_BREAK_METRICS, SelectionRule
 from raysweep.training.validation import ObjectiveName, is_robust_objective
 from raysweep.yaml_files import SettingsFile, read_yaml
 
@@ -295,7 +295,7 @@ class SearchSpace(Spec):
     later_fields: ClassVar[frozenset[str]] = frozenset(
         {
             *("dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until", "repeat"),
-            "score_epochs",
+            *("score_epochs", "margin_factor"),
         }
     )
 
@@ -313,6 +313,12 @@ class SearchSpace(Spec):
     best by luck; it remains the checkpoint of its trial, and ASHA compares single epochs. 1: the
     score is the metric of the best epoch. null: 3 in a new sweep with one metric; 1 with several,
     and in a sweep of an earlier version."""
+    margin_factor: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """Factor of `robust_margin`, the mean share of its margin that an image keeps, in the score:
+    the margin of the best epoch is added to the mean, and at the rungs of ASHA that of the epoch to
+    the metric. It has less noise than an accuracy, and orders trials of different learning rates
+    at a rung as they end. 0: the score has no margin, as with several metrics and with another
+    metric than `robust_worst`."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
@@ -397,16 +403,28 @@ class SearchSpace(Spec):
     @property
     def score_name(self) -> str:
         """What trials are ranked by: the objective of their best epoch, or `score` if it is a mean
-        over several epochs.
+        over several epochs or includes the margin.
         """
-        return self.objectives[0] if (self.score_epochs or 1) == 1 else "score"
+        has_mean = (self.score_epochs or 1) > 1
+        return "score" if has_mean or self._used_margin_factor else self.objectives[0]
+
+    @property
+    def _used_margin_factor(self) -> float:
+        """`margin_factor`; 0 with several metrics, and with one that has no margin."""
+        return self.margin_factor if self.metric in TIE_BREAK_METRICS else 0.0
 
     def describe_score(self) -> str:
         """Describe what trials are ranked by, in words."""
         objective = self.objectives[0].replace("_", " ")
         if self.score_name != "score":
             return objective
-        return f"score (the best mean {objective} over {self.score_epochs} consecutive epochs)"
+        n_epochs = self.score_epochs or 1
+        text = f"the best mean {objective} over {n_epochs} consecutive epochs"
+        if n_epochs == 1:
+            text = f"{objective} of the best epoch"
+        if factor := self._used_margin_factor:
+            text += f", plus {'' if factor == 1 else f'{factor:g} times '}its robust margin"
+        return f"score ({text})"
 
     @property
     def leaders_by_round(self) -> list[int]:
@@ -585,7 +603,7 @@ class SearchSpace(Spec):
         try:
             return self.find_run_rule(self.trial_config(params))
         except SpecError:
-            return SelectionRule(self.objectives[0], score_epochs=self.score_epochs or 1)
+            return self._add_score_settings(SelectionRule(self.objectives[0]))
 
     def find_run_rule(self, config: TrainingConfig) -> SelectionRule:
         """Return which epochs of a run of the sweep can be its best, and what its score is.
@@ -593,8 +611,13 @@ class SearchSpace(Spec):
         Args:
             config: Training config of a trial, base run or repeat.
         """
-        rule = SelectionRule.from_config(config)
-        return rule._replace(score_epochs=self.score_epochs or 1)
+        return self._add_score_settings(SelectionRule.from_config(config))
+
+    def _add_score_settings(self, rule: SelectionRule) -> SelectionRule:
+        """Return the rule with what this space says of scores."""
+        return rule._replace(
+            score_epochs=self.score_epochs or 1, margin_factor=self._used_margin_factor
+        )
 
     def with_absolute_paths(self) -> "SearchSpace":
         """Return this space with absolute paths of the data, because trials run elsewhere."""
@@ -1069,7 +1092,7 @@ _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
         *("base_runs", "until", "repeat", "disk_reserve_gib", "sampler", "scheduler"),
-        "score_epochs",
+        *("score_epochs", "margin_factor"),
     }
 )
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}

@@ -13,6 +13,10 @@ from raysweep.sweep.search_space import Params, Scheduler, SearchSpace
 from raysweep.training.config import TrainingConfig
 from raysweep.training.config_warnings import ConfigWarning
 
+# Methods whose trials keep their order from before the drop, on recorded curves
+# (benchmarks/search_quality.md).
+_METHODS_ORDERED_EARLY = frozenset({"fat"})
+
 
 def list_space_warnings(space: SearchSpace) -> list[str]:
     """List what trials of a space do other than users may expect.
@@ -46,7 +50,8 @@ def list_space_warnings(space: SearchSpace) -> list[str]:
 def _describe_rungs(scheduler: Scheduler, config: TrainingConfig) -> Iterator[str]:
     """Yield a line if ASHA compares no trials, or trials before their learning rate drops.
 
-    Before the first drop the order of trials says little about their order at the end.
+    Before the first drop the order of trials of most methods says little about their order at the
+    end.
     """
     rungs = scheduler.rungs(config.epochs)
     if not rungs:
@@ -54,7 +59,10 @@ def _describe_rungs(scheduler: Scheduler, config: TrainingConfig) -> Iterator[st
             f"scheduler.grace_period = {scheduler.grace_period}: trials of "
             f"{format_count(config.epochs, 'epoch')} are never compared, so none is stopped early"
         )
-    elif isinstance(config.optim.lr, PiecewiseSchedule):
+    elif (
+        isinstance(config.optim.lr, PiecewiseSchedule)
+        and config.method.name not in _METHODS_ORDERED_EARLY
+    ):
         drop = _find_first_drop(config.optim.lr)
         if drop is not None and rungs[0] < drop <= config.epochs:
             possible_epochs = (

@@ -22,7 +22,13 @@ from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params
 from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import EpochRank, SelectionRule, average_epochs, rank_epoch
+from raysweep.training.selection import (
+    EpochRank,
+    SelectionRule,
+    add_margin,
+    average_epochs,
+    rank_epoch,
+)
 from raysweep.training.validation import is_robust_objective
 
 RunKind = Literal["trial", "base run", "repeat"]
@@ -71,6 +77,8 @@ class Trial:
             is the score, and before the first epoch that counts.
         rung_verdicts: Which validation examples the epoch of ASHA's first rung gets right; None
             before it, within the burn-in, and if an earlier version of raysweep trained the epoch.
+        rung_values: What ASHA compared at each rung, by its epoch; empty if it compares the
+            objective alone, which `curve` has.
         kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
@@ -94,6 +102,7 @@ class Trial:
     verdicts: ExampleVerdicts | None = None
     averages: EpochMetrics = field(default_factory=dict)
     rung_verdicts: ExampleVerdicts | None = None
+    rung_values: dict[str, float] = field(default_factory=dict)
     kind: RunKind = "trial"
     repeats: "tuple[Trial, ...]" = ()
 
@@ -153,8 +162,9 @@ class Trial:
         values = asdict(replace(self, repeats=()))
         if not self.is_infrastructure_failure:
             del values["is_infrastructure_failure"]
-        if not self.averages:
-            del values["averages"]
+        for name in ("averages", "rung_values"):
+            if not values[name]:
+                del values[name]
         if self.finalist is None:
             del values["finalist"]
         else:
@@ -244,6 +254,24 @@ class Trial:
             return self.score(metric)
         return robust
 
+    def corrected_score(self, metric: str) -> float:
+        """Return the score, lowered by as much as AutoAttack lowers the metric of the best epoch.
+
+        The accuracy of one epoch under AutoAttack has the noise of one epoch, and the score less. A
+        score that is the metric of the best epoch becomes the accuracy under AutoAttack.
+
+        Args:
+            metric: Name of an objective.
+
+        Returns:
+            The value; `score` without a result of AutoAttack, and if the metric is no accuracy
+            under attacks.
+        """
+        robust = self.robust_under_autoattack
+        if robust is None or not is_robust_objective(metric):
+            return self.score(metric)
+        return robust + (self.score(metric) - self.best_epoch_value(metric))
+
     def with_epoch(self, epoch_metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial after one more epoch.
 
@@ -275,8 +303,9 @@ class Trial:
 
     def with_score(self, rule: SelectionRule) -> "Trial":
         """Return this trial and its repeats with the score that a rule gives them."""
-        means = average_epochs(self.curve, rule) if rule.score_epochs > 1 else []
-        averages = {rule.objective: max(means)} if means else {}
+        is_best_epoch_alone = rule.score_epochs == 1 and not rule.margin_factor
+        means = [] if is_best_epoch_alone else average_epochs(self.curve, rule)
+        averages = {rule.objective: add_margin(max(means), self.best, rule)} if means else {}
         repeats = tuple(run.with_score(rule) for run in self.repeats)
         return replace(self, averages=averages, repeats=repeats)
 
@@ -324,7 +353,7 @@ _VERDICT_FIELDS = ("verdicts", "rung_verdicts")
 # Fields of a trial that trial.json of earlier versions lacks.
 _LATER_FIELDS = {
     *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
-    *("averages", "rung_verdicts"),
+    *("averages", "rung_verdicts", "rung_values"),
 }
 _CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
 _TRIAL_TYPES: dict[str, Any] = {
@@ -333,7 +362,7 @@ _TRIAL_TYPES: dict[str, Any] = {
     **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
     **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
     **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
-    **{"averages": Metrics, "rung_verdicts": dict[str, Any] | None},
+    **{"averages": Metrics, "rung_verdicts": dict[str, Any] | None, "rung_values": Metrics},
 }
 
 _FINALIST_TYPES: dict[str, Any] = {

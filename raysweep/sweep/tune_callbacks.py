@@ -365,7 +365,7 @@ class LedgerCallback(tune.Callback):
         results = {k: v for k, v in metrics.items() if not k.startswith(SYSTEM_PREFIX)}
         updated_trial = saved_trial.with_epoch(results, self._rules[saved_trial.key])
         if updated_trial is not saved_trial:
-            updated_trial = self._ledger.with_rung_verdicts(updated_trial, self._max_epochs)
+            updated_trial = self._ledger.with_rung_results(updated_trial, self._max_epochs)
             self._save_and_notify(trial, updated_trial, metrics)
 
     def on_trial_complete(

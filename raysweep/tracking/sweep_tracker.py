@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from raysweep.data import DatasetSplits
 from raysweep.errors import is_interruption
+from raysweep.formatting import format_count
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.sweep.base_comparison import compare_with_base
 from raysweep.sweep.conclusions import describe_conclusions
@@ -456,7 +457,7 @@ def _describe_origin(ledger: Ledger, trial: Trial) -> str:
     if trial.repeats:
         return f"as the mean over {len(trial.trainings)} seeds"
     if trial.averages:
-        return f"over {ledger.space.score_epochs} epochs"
+        return f"over {format_count(ledger.space.score_epochs or 1, 'epoch')}"
     return f"in epoch {trial.best['epoch']:.0f}"
 
 

@@ -27,6 +27,8 @@ class SelectionRule(NamedTuple):
         score_epochs: Number of consecutive validated epochs, after the burn-in and in the window,
             that a mean averages; the best mean is the run's score. 1 if its score is the objective
             of its best epoch.
+        margin_factor: Factor of the metric that breaks ties of the objective (see
+            `get_tie_break`) in the score and at the rungs of ASHA; 0 to leave it out.
     """
 
     objective: str
@@ -34,6 +36,7 @@ class SelectionRule(NamedTuple):
     first_epoch: int = 1
     last_epoch: float = math.inf
     score_epochs: int = 1
+    margin_factor: float = 0.0
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> "SelectionRule":
@@ -134,6 +137,20 @@ def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
         earlier version trained the epoch.
     """
     return metrics.get(TIE_BREAK_METRICS.get(objective, ""), -math.inf)
+
+
+def add_margin(value: float, metrics: EpochMetrics, rule: SelectionRule) -> float:
+    """Add the margin of an epoch to a value of the objective (`SelectionRule.margin_factor`).
+
+    Args:
+        value: The objective, or a mean of it over several epochs.
+        metrics: Metrics of the epoch.
+        rule: Rule of the run.
+
+    Returns:
+        The sum; the value alone if the epoch has no margin.
+    """
+    return value + rule.margin_factor * max(0.0, get_tie_break(metrics, rule.objective))
 
 
 def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> list[float]:
