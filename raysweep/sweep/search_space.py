@@ -333,9 +333,10 @@ class SearchSpace(Spec):
     run all `trials`."""
     finalists: Annotated[int, Field(ge=0)] | None = None
     """Number of the best trials that full AutoAttack attacks on the validation images when all
-    trials have ended; their scores are then lowered by as much as it lowers the metric. With several
-    metrics, any number above 0 stands for the whole Pareto front, which is drawn anew. 0: none. null: 3 in a new sweep whose metric is an accuracy
-    under attacks; none in a sweep of an earlier version."""
+    trials have ended; their scores are then lowered by as much as it lowers the metric. With
+    several metrics, any number above 0 stands for the whole Pareto front, which is drawn anew. 0:
+    none. null: 3 in a new sweep whose metric is an accuracy under attacks; none in a sweep of an
+    earlier version."""
     base_runs: Annotated[int, Field(ge=0)] | None = None
     """Number of base runs: trainings of the method without its instance weights, such as `at` for
     `gairat`, each with another seed and all epochs. The best trial is compared with them; they are
