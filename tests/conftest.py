@@ -77,9 +77,6 @@ epoch_timing.LIMIT_SECONDS = 600.0
 # For today's objective: that of spaces that no file holds is of 0.1, and its last attack has no
 # `runs`.
 ONE_RUN: dict[str, Any] = {"validation.finish.*.runs": 1}
-# Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none
-# watches their logs, which no driver here asks for.
-FORKED: dict[str, Any] = {"setup_worker_path": worker_server.__file__, "include_log_monitor": False}
 
 
 # The files that use Ray run in two processes, each with a cluster of its own: one set of files in
@@ -292,20 +289,28 @@ def ray_cluster() -> Iterator["Cluster"]:
     from ray.cluster_utils import Cluster
 
     from raysweep.sweep.cluster import connect_to_cluster
-    from raysweep.sweep.ray_environment import ray_environment
-    from raysweep.sweep.ray_internals import listen_on_loopback, skip_unused_processes
+    from raysweep.sweep.ray_environment import ray_environment, set_environment
+    from raysweep.sweep.ray_internals import (
+        listen_on_loopback,
+        skip_unused_processes,
+        use_worker_script,
+    )
 
     with (
         ray_environment(),
         listen_on_loopback(),
         skip_unused_processes(),
+        use_worker_script(Path(worker_server.__file__)),
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
-        worker_server.run_worker_server(Path(sockets)),
+        worker_server.run_worker_server(Path(sockets)) as server,
     ):
+        # This cluster has no token.
+        with set_environment({"RAY_AUTH_MODE": "disabled"}):
+            server.import_ray()
         # Ray counts a node as dead once five checks in a row have failed: 15 s at its own period.
         # A driver whose node gives up its first workers, by default after 60 s, waits forever.
         system = {"health_check_period_ms": 500, "worker_register_timeout_seconds": 600}
-        head = {"num_cpus": 2, "_system_config": system, **FORKED}
+        head = {"num_cpus": 2, "_system_config": system}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         with connect_to_cluster(cluster.address):
             yield cluster

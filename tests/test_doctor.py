@@ -7,7 +7,6 @@ from pathlib import Path
 
 import forked_processes
 import pytest
-from conftest import FORKED
 
 from raysweep.cli import main
 from raysweep.commands import doctor
@@ -83,13 +82,14 @@ def examine_a_broken_cluster(*arguments: str) -> int:
     from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
-    from raysweep.sweep.ray_internals import skip_unused_processes
+    from raysweep.sweep import worker_server
+    from raysweep.sweep.ray_internals import skip_unused_processes, use_worker_script
 
     # Ray's own default, which the session's cluster has switched off.
     ray_constants.ENABLE_RAY_CLUSTER = True
-    with skip_unused_processes():
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **FORKED})
-        cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
+    with skip_unused_processes(), use_worker_script(Path(worker_server.__file__)):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        cluster.add_node(num_cpus=1, num_gpus=2)
     code = main(["doctor", "--address", cluster.address, *arguments])
     cluster.shutdown()
     return code

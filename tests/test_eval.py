@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FORKED
 from strangers import HoldsALock
 
 import raysweep
@@ -255,7 +254,7 @@ def test_a_worker_of_a_map_reads_the_model_once(ray_cluster, tmp_path: Path) -> 
     from raysweep.sweep.ray_map import RayMap
 
     processes: dict[str, set[int]] = {}
-    node = ray_cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
+    node = ray_cluster.add_node(num_cpus=1, num_gpus=2)
     for name in ("first", "second", "first on GPUs", "second on GPUs"):
         ray_map = RayMap(cpus=0.5, gpus=1 if "GPUs" in name else 0)
         results = list(ray_map(CountsItsReading(tmp_path / name), range(8)))
@@ -314,7 +313,7 @@ def test_code_of_a_model_travels_to_nodes_that_do_not_have_it(
     x = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
     y = Mine()(torch.from_numpy(x) / 255).argmax(1).numpy()
     np.savez(workdir / "test.npz", x=x, y=y)
-    node = ray_cluster.add_node(num_cpus=1, **FORKED)
+    node = ray_cluster.add_node(num_cpus=1)
     try:
         data = ["--set", "data.name=arrays", "--data-dir", str(workdir), "--eps", "0.02", "--json"]
         where = ["--address", ray_cluster.address, "--gpus-per-task", "0", "--batch-size", "20"]

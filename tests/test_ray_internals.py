@@ -379,7 +379,7 @@ def test_a_cluster_that_listens_beyond_loopback_is_stopped_again() -> None:
     )
     assert done.wait() == 0, done.err
     (line,) = [line for line in done.out.splitlines() if "does not stay on loopback" in line]
-    assert "gcs_server" in line and line.endswith(ENDING)
+    assert "gcs_server" in line and "RuntimeEnv" in line and line.endswith(ENDING)
     assert "left behind: False" in done.out
 
 

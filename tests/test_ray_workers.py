@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FORKED, TINY, TrialUpdateListener
+from conftest import TINY, TrialUpdateListener
 from process_tree import find_descendants
 from ray.util.placement_group import PlacementGroup
 from test_workers import difference
@@ -116,7 +116,7 @@ def test_a_drained_node_and_a_sigterm_cost_a_group_nothing(
     def add_node(trial: Trial) -> None:
         # The trial's own process is on the first node. There is no room for its second worker.
         if not nodes:
-            nodes.append(ray_cluster.add_node(num_cpus=1, **FORKED))
+            nodes.append(ray_cluster.add_node(num_cpus=1))
 
     def disturb() -> None:
         wait_until((run_path / "epoch-0001").exists, is_over)

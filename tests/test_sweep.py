@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FORKED, TINY, TrialUpdateListener, tiny
+from conftest import TINY, TrialUpdateListener, tiny
 from rich.console import Console
 
 from raysweep.cli import main
@@ -634,7 +634,7 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
     ledger = Ledger.create(
         tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "data.train_size": 96})
     )
-    nodes = [ray_cluster.add_node(num_cpus=1, **FORKED)]
+    nodes = [ray_cluster.add_node(num_cpus=1)]
     epochs: dict[int, int] = {}
 
     def kill_once(trial: Trial) -> None:

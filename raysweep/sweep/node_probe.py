@@ -292,11 +292,13 @@ def _probe_data(request: ProbeRequest, problems: dict[str, str]) -> str:
 
 def _belongs_to_session(process: psutil.Process, session_name: str) -> bool:
     """Return whether a process belongs to a Ray session."""
-    parent = process.parent()
+    parent, command_line = process.parent(), " ".join(process.info["cmdline"] or [])
     # Processes that Ray starts have the session in their command line. Workers and agents rename
-    # themselves, but their parent does not.
-    command_lines = [process.info["cmdline"] or [], parent.cmdline() if parent else []]
-    return any(session_name in " ".join(line) for line in command_lines)
+    # themselves, but their parent does not, unless they are forks of the worker server.
+    if session_name in command_line or (parent and session_name in " ".join(parent.cmdline())):
+        return True
+    is_named_by_ray = command_line.startswith("ray::")
+    return is_named_by_ray and any(session_name in file.path for file in process.open_files())
 
 
 def _port_owner(process: psutil.Process, port: int) -> str:

@@ -127,6 +127,12 @@ _WORKER_SCRIPT = RayInternal(
     "each worker of a cluster on this machine takes five seconds to start",
     value="setup_worker.py",
 )
+_AGENT_COMMAND = RayInternal(
+    "ray._private.services",
+    "_build_python_executable_command_memory_profileable",
+    "start",
+    "a cluster on this machine takes seconds longer to start, because its agents import Ray",
+)
 _UNUSED_PROCESSES = tuple(
     RayInternal(
         "ray._private.node",
@@ -213,6 +219,7 @@ RAY_INTERNALS = (
     _LOOPBACK_VARIABLE,
     _ADDRESS_LOOKUP,
     _WORKER_SCRIPT,
+    _AGENT_COMMAND,
     *_UNUSED_PROCESSES,
     _DASHBOARD_CHECK,
     _AUTHENTICATION_LOGGER,
@@ -302,16 +309,24 @@ def listen_on_loopback() -> Iterator[None]:
 
 @contextmanager
 def use_worker_script(script: Path) -> Iterator[None]:
-    """Context manager: nodes that start in this block run this script for each worker.
+    """Context manager: nodes that start in this block run this script for each worker and agent.
 
     Args:
-        script: Absolute path of a Python file, in place of Ray's own.
+        script: Absolute path of a Python file. It runs in place of Ray's own for workers. For
+            agents, its first argument is Ray's script.
     """
-    if not _WORKER_SCRIPT.is_present():
-        yield
-        return
-    # Ray joins the name with the path of its folder, which an absolute path replaces.
-    with _WORKER_SCRIPT.replaced_by(str(script)):
+    with ExitStack() as restored:
+        if _WORKER_SCRIPT.is_present():
+            # Ray joins the name with the path of its folder, which an absolute path replaces.
+            restored.enter_context(_WORKER_SCRIPT.replaced_by(str(script)))
+        if _AGENT_COMMAND.is_present():
+            build_command = _AGENT_COMMAND.resolve()
+
+            def build_agent_command(*arguments: Any, **options: Any) -> list[str]:
+                """Put the script between the interpreter and the script of an agent."""
+                return [*build_command(*arguments, **options), str(script)]
+
+            restored.enter_context(_AGENT_COMMAND.replaced_by(build_agent_command))
         yield
 
 

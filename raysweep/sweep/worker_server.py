@@ -2,9 +2,9 @@
 
 An ordinary worker takes five processor seconds to import Ray, PyTorch and raysweep. A fork takes a
 tenth of a second, and shares the memory of the imports. Only nodes that raysweep starts on this
-machine have such workers: their raylet runs this file, by its path, for each worker
-(`ray_internals.use_worker_script`). It asks the server for a fork; where there is no server, it
-becomes an ordinary worker. So this file imports the standard library only.
+machine have such workers: their raylet runs this file, by its path, for each worker and for its two
+agents (`ray_internals.use_worker_script`). It asks the server for a fork; where there is no server,
+it becomes an ordinary worker or agent. So this file imports the standard library only.
 """
 
 import array
@@ -12,8 +12,6 @@ import errno
 import gc
 import json
 import os
-import runpy
-import secrets
 import select
 import signal
 import socket
@@ -59,6 +57,9 @@ class WorkerServer:
     """
 
     def __init__(self, folder: Path) -> None:
+        # Imported here: launchers, which run this file too, do without it.
+        import secrets
+
         _delete_stale_sockets(folder)
         # Containers that share the folder may have equal process ids.
         name = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -74,15 +75,18 @@ class WorkerServer:
             self._process = _start_process(listener)
 
     def import_ray(self) -> None:
-        """Let the server import Ray before the cluster starts.
+        """Let the server import Ray before the cluster starts, and wait until it has.
 
-        Ray reads environment variables when it is imported: whether clusters require a token, which
+        The agents of a node, which must start within half a minute, are forks, too. And Ray reads
+        environment variables when it is imported: whether clusters require a token, which
         `ray.init` turns on, and with which process a worker ends. Without this call, the server
         imports Ray when it is asked for the first worker, with the variables of that worker.
         """
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
             connection.connect(str(self.socket_path))
             _send_request(connection, {"environment": _make_import_environment()})
+            # It closes the connection when it has.
+            connection.recv(1)
 
     def stop(self) -> None:
         """End the server; workers that it has forked keep running."""
@@ -209,9 +213,9 @@ def _request_fork(
 
 
 def _send_request(connection: socket.socket, request: dict[str, Any]) -> None:
-    """Send a request to the server, with the two output streams of this process."""
+    """Send a request to the server, with the standard streams of this process."""
     message = json.dumps(request).encode()
-    streams = array.array("i", [1, 2])
+    streams = array.array("i", [0, 1, 2])
     connection.sendmsg(
         [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
     )
@@ -248,10 +252,11 @@ def _connect_to_server() -> socket.socket | None:
 
 
 def _become_ordinary_worker(worker_arguments: Sequence[str]) -> NoReturn:
-    """Run Ray's own script in place of this one; it lies beside that of the worker."""
-    worker_script = next(argument for argument in worker_arguments if argument.endswith(".py"))
-    script = Path(worker_script).with_name("setup_worker.py")
-    os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])
+    """Run Ray's own script in place of this one; that of workers lies beside their second one."""
+    first_script = next(argument for argument in worker_arguments if argument.endswith(".py"))
+    setup_script = Path(first_script).with_name("setup_worker.py")
+    scripts = [str(setup_script)] if setup_script.exists() else []
+    os.execv(sys.executable, [sys.executable, *scripts, *sys.argv[1:]])
 
 
 def _serve(listener: socket.socket) -> None:
@@ -334,11 +339,11 @@ def _draw_in_new_threads(n_threads: int) -> None:
 
 
 def _read_request(connection: socket.socket) -> tuple[dict[str, Any] | None, Sequence[int]]:
-    """Return a launcher's request and its two output streams; None if it was killed meanwhile."""
+    """Return a launcher's request and its standard streams; None if it was killed meanwhile."""
     streams = array.array("i")
     message = b""
     try:
-        head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
+        head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * streams.itemsize))
         for _, _, descriptors in ancillary:
             streams.frombytes(descriptors)
         size = int.from_bytes(head, "big")
@@ -361,10 +366,12 @@ def _become_worker(
     The connection stays open: its end tells the launcher that the worker has ended, and the worker
     that the launcher has.
     """
+    import runpy
+
     connection.sendall(_STARTED)
     # What the server has imported stays, and its memory is shared until it is touched.
     gc.freeze()
-    for number, stream in zip((1, 2), streams, strict=True):
+    for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.environ.clear()
