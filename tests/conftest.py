@@ -39,6 +39,7 @@ if multiprocessing.parent_process() is None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="raysweep-state-")
 
+import _pytest.logging
 import forked_processes
 import pytest
 import torch
@@ -128,6 +129,36 @@ def count_reported_epochs(sweep: Path) -> int:
     moment before its epoch is reported.
     """
     return sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json"))
+
+
+class LogsOfRootLogger:
+    """Attaches a handler to the root logger, as pytest 8 does for each step of a test. Later
+    versions also look for loggers that do not propagate, among all of those of Ray, MLflow and
+    PyTorch: this takes as long as the median test.
+    """
+
+    def __init__(self, handler: logging.Handler, level: int | None = None) -> None:
+        self.handler = handler
+        self.level = level
+        self.former_level = logging.NOTSET
+
+    def __enter__(self) -> logging.Handler:
+        root = logging.getLogger()
+        self.former_level = root.level
+        if self.level is not None:
+            self.handler.setLevel(self.level)
+            root.setLevel(min(root.level, self.level))
+        root.addHandler(self.handler)
+        return self.handler
+
+    def __exit__(self, *error: object) -> None:
+        root = logging.getLogger()
+        if self.level is not None:
+            root.setLevel(self.former_level)
+        root.removeHandler(self.handler)
+
+
+_pytest.logging.catching_logs = LogsOfRootLogger
 
 
 @pytest.hookimpl(trylast=True)

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,26 @@ HERE, ME = socket.gethostname(), os.getpid()
 NOBODY = 2**22 + 1
 KEY = ".claims/alone.lease"
 FAST = LeaseTimes(renewal_interval=0.1, expires_after=0.6)
-ROUNDS, CONTENDERS = 50, 8
+CALM = LeaseTimes(renewal_interval=0.5, expires_after=60.0)
+# Of eight contenders, each of two processes has four in threads.
+ROUNDS, CONTENDERS = 50, ((0, 1, 2, 3), (4, 5, 6, 7))
+
+
+class Clock:
+    """The time by which contenders measure silence: it passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("raysweep.bucket_lease.time.monotonic", lambda: clock.now)
+    return clock
 
 
 @pytest.fixture
@@ -59,14 +79,28 @@ def lease_of(store: Store) -> Iterator[Callable[..., BucketLease]]:
         lease.release()
 
 
-def acquire_within(lease: BucketLease, seconds: float) -> float | None:
-    """Try again and again; return after how many seconds the lease was acquired, or None."""
+def wait_until_true(
+    condition: Callable[[], bool], seconds: float, pause: Callable[[float], None] = time.sleep
+) -> float | None:
+    """Ask again and again; return after how many seconds the answer was True, or None."""
     began = time.monotonic()
-    while not lease.try_acquire():
+    while not condition():
         if time.monotonic() - began > seconds:
             return None
-        time.sleep(0.05)
+        pause(0.05)
     return time.monotonic() - began
+
+
+def acquire_within(
+    lease: BucketLease, seconds: float, pause: Callable[[float], None] = time.sleep
+) -> float | None:
+    """Try again and again; return after how many seconds the lease was acquired, or None."""
+    return wait_until_true(lease.try_acquire, seconds, pause)
+
+
+def is_expiry(waited: float | None) -> bool:
+    """Whether a contender that looks every 0.05 s waited as long as a silent lease lasts."""
+    return waited is not None and FAST.expires_after <= waited <= FAST.expires_after + 0.11
 
 
 def write_lease(store: Store, **changes: object) -> str:
@@ -100,20 +134,23 @@ def test_one_holder_keeps_it_until_it_is_released(store: Store, lease_of) -> Non
 
 
 class TestTakeover:
-    def test_of_another_machine_when_it_has_been_silent(self, store: Store, lease_of) -> None:
+    def test_of_another_machine_when_it_has_been_silent(
+        self, store: Store, lease_of, clock: Clock
+    ) -> None:
         write_lease(store)
         lease = lease_of()
-        waited = acquire_within(lease, 600)
-        assert waited is not None and waited >= FAST.expires_after
+        assert is_expiry(acquire_within(lease, 600, clock.advance))
         assert read_holder(store) == (HERE, ME) and lease.describe_live_holder() == ""
 
-    def test_not_of_another_machine_that_renews_it(self, store: Store, lease_of) -> None:
+    def test_not_of_another_machine_that_renews_it(
+        self, store: Store, lease_of, clock: Clock
+    ) -> None:
         version, lease = write_lease(store), lease_of()
         assert not lease.try_acquire() and lease.describe_live_holder() == "", (
             "a single renewal may be of a process that has died"
         )
         for number in range(4):
-            assert acquire_within(lease, 0.3) is None
+            assert acquire_within(lease, 0.3, clock.advance) is None
             values = {**json.loads(store.read_bytes(KEY)), "renewals": number}
             version = store.replace(KEY, json.dumps(values).encode(), version)
             assert version is not None
@@ -141,27 +178,27 @@ class TestTakeover:
 
     @pytest.mark.parametrize("content", [b"", b"damaged", b"[1]", b'{"token": 1}'])
     def test_of_a_file_that_names_nobody_when_it_stays(
-        self, content: bytes, store: Store, lease_of
+        self, content: bytes, store: Store, lease_of, clock: Clock
     ) -> None:
         """Earlier versions emptied the file of a lease before they deleted it."""
         store.create(KEY, content)
-        waited = acquire_within(lease_of(), 600)
-        assert waited is not None and waited >= FAST.expires_after
+        assert is_expiry(acquire_within(lease_of(), 600, clock.advance))
 
-    def test_a_time_without_the_store_is_no_silence(self, store: Store, lease_of, monkeypatch):
+    def test_a_time_without_the_store_is_no_silence(
+        self, store: Store, lease_of, clock: Clock
+    ) -> None:
         """The holder could not renew its lease in that time either."""
         write_lease(store)
-        lease, now = lease_of(), [1000.0]
-        monkeypatch.setattr("raysweep.bucket_lease.time.monotonic", lambda: now[0])
+        lease = lease_of()
         assert not lease.try_acquire()
-        now[0] += 3600
+        clock.advance(3600)
         assert not lease.try_acquire()
         for _ in range(4):
-            now[0] += FAST.renewal_interval
+            clock.advance(FAST.renewal_interval)
             assert not lease.try_acquire()
-        now[0] += FAST.renewal_interval
+        clock.advance(FAST.renewal_interval)
         lease.try_acquire()
-        now[0] += FAST.renewal_interval
+        clock.advance(FAST.renewal_interval)
         assert lease.try_acquire()
 
 
@@ -317,18 +354,20 @@ class TestOutage:
         assert acquire_within(other, 2 * FAST.expires_after) is None and not lease.is_lost
         assert other.describe_live_holder()
 
-    def test_a_release_without_the_store_is_no_error(self, store, lease_of, monkeypatch) -> None:
+    def test_a_release_without_the_store_is_no_error(
+        self, store, lease_of, monkeypatch, clock: Clock
+    ) -> None:
         lease = lease_of()
         assert lease.try_acquire()
 
         def fail(*arguments: object) -> None:
             raise StoreUnavailable("it does not answer")
 
-        monkeypatch.setattr(store, "replace", fail)
-        monkeypatch.setattr(store, "delete", fail)
-        lease.release()
-        monkeypatch.undo()
-        assert acquire_within(lease_of(), 600) is not None, "it expires"
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "replace", fail)
+            patch.setattr(store, "delete", fail)
+            lease.release()
+        assert is_expiry(acquire_within(lease_of(), 600, clock.advance))
 
 
 class TestLegacyClaims:
@@ -339,15 +378,9 @@ class TestLegacyClaims:
         store.write_bytes(key, b"")
         return key
 
-    def observe_within(self, claims: LegacyClaims, seconds: float) -> float | None:
-        began = time.monotonic()
-        while claims.observe():
-            if time.monotonic() - began > seconds:
-                return None
-            time.sleep(0.05)
-        return time.monotonic() - began
-
-    def test_those_of_silent_and_dead_processes_are_deleted(self, store: Store) -> None:
+    def test_those_of_silent_and_dead_processes_are_deleted(
+        self, store: Store, clock: Clock
+    ) -> None:
         self.claim(store, HERE, NOBODY)
         claims = LegacyClaims(store, ".claims/alone", FAST)
         assert not claims.observe() and not store.list_files()
@@ -356,8 +389,7 @@ class TestLegacyClaims:
         assert not claims.observe() and len(store.list_files()) == 3, "they are no claims"
         store.delete_folder(".claims")
         self.claim(store, "elsewhere", NOBODY)
-        waited = self.observe_within(claims, 600)
-        assert waited is not None and waited >= FAST.expires_after
+        assert is_expiry(wait_until_true(lambda: not claims.observe(), 600, clock.advance))
         assert claims.live_owner == "" and not store.list_files()
 
     def test_that_of_a_live_process_stays(self, store: Store) -> None:
@@ -373,19 +405,29 @@ class TestLegacyClaims:
         assert [file.key for file in store.list_files()] == [key]
 
 
-def contend(location: str, folder: Path, number: int) -> None:
-    store = open_store(location)
-    for turn in range(ROUNDS):
-        while not (folder / f"go-{turn}").exists():
-            time.sleep(0.001)
-        lease = BucketLease(store, f"{turn}.lease", times=LeaseTimes(0.5, 60.0))
-        has_won = lease.try_acquire()
-        (folder / f"{turn}-{'won' if has_won else 'lost'}-{number}").touch()
-        while not (folder / f"end-{turn}").exists():
-            time.sleep(0.001)
-        if has_won:
-            lease.require_held()
-        lease.release()
+def wait_for_file(file: Path) -> None:
+    """Also a process whose test has died ends some day."""
+    deadline = time.monotonic() + 600
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.001)
+
+
+def contend(location: str, folder: Path, numbers: tuple[int, ...]) -> None:
+    stores = [open_store(location) for _ in numbers]
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        for turn in range(ROUNDS):
+            leases = [BucketLease(store, f"{turn}.lease", "", CALM) for store in stores]
+            wait_for_file(folder / f"go-{turn}")
+            for lease, has_won, number in zip(
+                leases, pool.map(BucketLease.try_acquire, leases), numbers, strict=True
+            ):
+                if has_won:
+                    lease.require_held()
+                (folder / f"{turn}-{'won' if has_won else 'lost'}-{number}").touch()
+            wait_for_file(folder / f"end-{turn}")
+            for lease in leases:
+                lease.release()
 
 
 def save_trials(location: str, folder: Path) -> None:
@@ -483,17 +525,17 @@ def test_of_eight_contenders_for_a_dead_owner_one_gets_it(store: Store, tmp_path
     for turn in range(ROUNDS):
         store.create(f"{turn}.lease", json.dumps(dead).encode())
     contenders = [
-        forked_processes.start_function(contend, store.uri, tmp_path, number)
-        for number in range(CONTENDERS)
+        forked_processes.start_function(contend, store.uri, tmp_path, numbers)
+        for numbers in CONTENDERS
     ]
     for turn in range(ROUNDS):
         (tmp_path / f"go-{turn}").touch()
         deadline = time.monotonic() + 600
-        while len(list(tmp_path.glob(f"{turn}-*"))) < CONTENDERS:
+        while len(list(tmp_path.glob(f"{turn}-*"))) < 8:
             assert time.monotonic() < deadline, [process.err for process in contenders]
             time.sleep(0.002)
         assert len(list(tmp_path.glob(f"{turn}-won-*"))) == 1, turn
         (tmp_path / f"end-{turn}").touch()
-    assert [process.wait() for process in contenders] == [0] * CONTENDERS
+    assert [process.wait() for process in contenders] == [0, 0]
     contents = store.read_matching("", "*.lease").values()
     assert [json.loads(content)["released"] for content in contents] == [True] * ROUNDS
