@@ -320,7 +320,11 @@ def ray_cluster() -> Iterator["Cluster"]:
     from ray.cluster_utils import Cluster
 
     from raysweep.sweep.cluster import connect_to_cluster
-    from raysweep.sweep.ray_environment import ray_environment, set_environment
+    from raysweep.sweep.ray_environment import (
+        PREEMPTION_POLL_VARIABLE,
+        ray_environment,
+        set_environment,
+    )
     from raysweep.sweep.ray_internals import (
         listen_on_loopback,
         skip_unused_processes,
@@ -328,6 +332,7 @@ def ray_cluster() -> Iterator["Cluster"]:
     )
 
     with (
+        set_environment({PREEMPTION_POLL_VARIABLE: "0.2"}),
         ray_environment(),
         listen_on_loopback(),
         skip_unused_processes(),

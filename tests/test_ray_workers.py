@@ -108,7 +108,7 @@ def test_a_drained_node_and_a_sigterm_cost_a_group_nothing(
     import ray
 
     holder, nodes, is_over = hold_a_cpu(), [], threading.Event()
-    settings = {**TINY, "epochs": 3, "data.train_size": None, "batch_size": 8}
+    settings = {**TINY, "epochs": 3, "data.train_size": 480, "batch_size": 8}
     ledger = sweep(tmp_path / "sweep", [0.05], base=settings)
     run_path = tmp_path / "sweep" / "trials" / "0000"
     half = run_path / "half"

@@ -6,6 +6,7 @@ workers look for. In both cases all workers save the unfinished epoch after the 
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +18,13 @@ import torch
 
 from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.preemption import defer_sigterm, termination_requested
+from raysweep.sweep.ray_environment import PREEMPTION_POLL_VARIABLE, RAY_ENVIRONMENT
 from raysweep.training.distributed import broadcast_int, collective_errors
 from raysweep.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_FILE = "interruption-request"
-# Seconds between two checks, each of which sends Ray a request and looks for the file.
-_CHECK_SECONDS = 2.0
 _SIGTERM_POLL_SECONDS = 0.2
 
 
@@ -40,7 +40,10 @@ class GroupInterruption(NamedTuple):
 
 
 class GroupPreemptionWatch:
-    """Decides after each step whether the workers must stop; all of them decide the same."""
+    """Decides after each step whether the workers must stop; all of them decide the same.
+
+    It asks Ray as often as Ray looks for preempted nodes.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,9 @@ class GroupPreemptionWatch:
         self._workers = workers
         self._device = device
         self._clock = clock
+        # Each check sends Ray a request and looks for the file.
+        default = RAY_ENVIRONMENT[PREEMPTION_POLL_VARIABLE]
+        self._check_seconds = float(os.environ.get(PREEMPTION_POLL_VARIABLE, default))
         self._next_check = clock()
         self._interruption = GroupInterruption(())
 
@@ -78,7 +84,7 @@ class GroupPreemptionWatch:
         is_first, now = self._workers.rank == 0, self._clock()
         if not self._broadcast(is_first and now >= self._next_check):
             return False
-        self._next_check = now + _CHECK_SECONDS
+        self._next_check = now + self._check_seconds
         with collective_errors():
             notice = ray.train.get_preemption_info()
         if notice is not None:

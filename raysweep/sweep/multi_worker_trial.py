@@ -30,7 +30,7 @@ from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.group_preemption import GroupInterruption, GroupPreemptionWatch, relay_sigterm
 from raysweep.sweep.preemption import exit_preempted, termination_requested
 from raysweep.sweep.ray_environment import ray_environment
-from raysweep.sweep.ray_internals import skip_group_cleaner
+from raysweep.sweep.ray_internals import skip_unused_group_processes
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.sweep.trial import Trial
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -97,7 +97,7 @@ def _fit_group(
         # callbacks ignore those that they have received before.
         for metrics in RunDirectory(run_path).read_history():
             tune.report(metrics)
-        with relay_sigterm(run_path), ray_environment(), skip_group_cleaner():
+        with relay_sigterm(run_path), ray_environment(), skip_unused_group_processes():
             while True:
                 trainer = _build_torch_trainer(
                     config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset

@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+PREEMPTION_POLL_VARIABLE = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
+"""Variable with the seconds between two looks of Ray Train for nodes that are taken away."""
+
 RAY_ENVIRONMENT = {
     # Otherwise Ray sends usage statistics to its makers.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -18,7 +21,7 @@ RAY_ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     # Ray Train: notice a report or a preemption soon, and start no actors that are not used.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    PREEMPTION_POLL_VARIABLE: "2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """The variables and their values. Ray reads all of them when it uses them, none at its import."""

@@ -207,6 +207,12 @@ _GROUP_CLEANER = RayInternal(
     "sweep",
     "a trial with several workers ends ten seconds later where no dashboard runs",
 )
+_GROUP_DATASETS = RayInternal(
+    "ray.train.v2.api.data_parallel_trainer",
+    "DatasetsCallback",
+    "sweep",
+    "each group of workers starts a process for data sets of Ray, which nothing uses",
+)
 _PROPAGATED_VARIABLES = RayInternal(
     "ray.tune.execution.class_cache",
     "ENV_VARS_TO_PROPAGATE",
@@ -231,6 +237,7 @@ RAY_INTERNALS = (
     _HEAD_NODE_RESOURCE,
     _FUNCTION_WRAPPER,
     _GROUP_CLEANER,
+    _GROUP_DATASETS,
     _PROPAGATED_VARIABLES,
     RayInternal(
         "ray.train.v2._internal.constants",
@@ -360,18 +367,24 @@ def skip_unused_processes() -> Iterator[None]:
 
 
 @contextmanager
-def skip_group_cleaner() -> Iterator[None]:
-    """Context manager: groups of workers that start in this block get no process of Ray Train that
-    frees their resources.
+def skip_unused_group_processes() -> Iterator[None]:
+    """Context manager: groups of workers that start in this block get two processes of Ray Train
+    less.
 
-    raysweep frees them itself (see `multi_worker_trial`). Ray's process asks the dashboard whether
-    the group is alive. Where none runs it waits ten seconds for the answer, also before it ends.
+    One frees their resources, which raysweep does itself (see `multi_worker_trial`). It asks the
+    dashboard whether the group is alive. Where none runs it waits ten seconds for the answer, also
+    before it ends. The other serves data sets of Ray, and raysweep uses none.
     """
-    if not _GROUP_CLEANER.is_present():
-        yield
-        return
     user_callback = importlib.import_module("ray.train").UserCallback
-    with _GROUP_CLEANER.replaced_by(user_callback):
+
+    def build_idle_callback(**options: Any) -> Any:
+        """Return a callback that does nothing."""
+        return user_callback()
+
+    with ExitStack() as restored:
+        for name in (_GROUP_CLEANER, _GROUP_DATASETS):
+            if name.is_present():
+                restored.enter_context(name.replaced_by(build_idle_callback))
         yield
 
 
