@@ -693,10 +693,10 @@ def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> bool
     is_new_kind = path_parts[-1] == "kind" and former_value != value
     if is_new_kind:
         node.clear()
+    is_new_key = path_parts[-1] not in node
     # Copied, because a deeper path may change this value later, but must not change the caller's
     # object or the value at the other matches.
-    is_new_key = path_parts[-1] not in node
-    node[path_parts[-1]] = copy.deepcopy(value)
+    node[path_parts[-1]] = copy.deepcopy(value) if isinstance(value, dict | list) else value
     return is_new_kind or is_new_key or isinstance(former_value, dict) or isinstance(value, dict)
 
 

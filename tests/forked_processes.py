@@ -21,7 +21,13 @@ from typing import Any
 import pytest
 
 FORKS = multiprocessing.get_context("forkserver")
-TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed"]
+TRAINING = [
+    "raysweep.training.trainer",
+    "raysweep.training.distributed",
+    # The test files whose functions run in forks import these.
+    "pytest",
+    "moto.server",
+]
 # Command modules import these inside functions.
 COMMANDS = [
     *TRAINING,
