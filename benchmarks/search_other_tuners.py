@@ -114,7 +114,8 @@ class SyneTune:
         if epoch == self.n_epochs:
             self.scheduler.on_trial_complete(trial, result)
             return False
-        if decision == "STOP":
+        if decision != "CONTINUE":
+            # Stopped or paused. A scheduler resumes only trials that were removed.
             self.scheduler.on_trial_remove(trial)
         return bool(decision == "CONTINUE")
 
@@ -273,7 +274,8 @@ TUNERS: dict[str, Callable[[Table, int], Search]] = {
     "Syne Tune ASHA with CQR": syne_tune("ASHACQR"),
     "Syne Tune ASHA with CQR from 6": syne_tune("ASHACQR", grace_period=6),
     "Syne Tune CQR": syne_tune("CQR"),
-    "Syne Tune PASHA": syne_tune("PASHA"),
+    # With its default factor of 3, eight epochs have two rungs, and PASHA continues no trial.
+    "Syne Tune PASHA": syne_tune("PASHA", reduction_factor=2),
     "Syne Tune MOBSTER": syne_tune("MOBSTER"),
     "Syne Tune MOBSTER from 6": syne_tune("MOBSTER", grace_period=6),
     "Syne Tune Hyper-Tune": syne_tune("HyperTune", brackets=2),
