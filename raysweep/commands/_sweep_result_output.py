@@ -74,7 +74,9 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         best = ranked[:_MAX_TRIALS_PRINTED]
         n_finalists = len(ledger.find_attacked_finalists())
         order = f"{ledger.space.describe_score()} on the validation split"
-        if n_finalists:
+        if n_finalists and ledger.space.score_name == "score":
+            order += f", lowered by AutoAttack for the first {n_finalists}"
+        elif n_finalists:
             order = f"AutoAttack (the first {n_finalists}), then by {order}"
         print(f"\nbest {len(best)} of {n_trials} trials by {order}")
     rows = [*best, *ledger.load_base_runs(), *ledger.load_repeats()]

@@ -86,7 +86,7 @@ class RunRank(NamedTuple):
         negated_seeds: Minus the number of seeds whose mean the score is. A repeated trial is
             above all others: the best scores of these are partly luck. 0 for a finalist.
         negated_score: Minus the score, or minus its mean over several seeds; for a finalist minus
-            the accuracy under AutoAttack.
+            the corrected score (`Trial.corrected_score`).
         negated_tie_break: Minus the metric that breaks ties (see `get_tie_break`).
     """
 
