@@ -300,6 +300,7 @@ def test_the_next_run_writes_what_an_outage_kept_from_mlflow(
 
     def lose_server(stage: AutoAttackStage, context: StageContext, *arguments: Any) -> Any:
         context.tracker.wait_until_ready()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         server.send_signal(signal.SIGSTOP)
         return evaluate_candidate(stage, context, *arguments)
 
@@ -310,6 +311,7 @@ def test_the_next_run_writes_what_an_outage_kept_from_mlflow(
         assert "lacks the last 3 records" in captured.err and "report.html" in captured.out
         assert json.loads(note.read_text()) == {"first_stage": 2}
         monkeypatch.setattr(AutoAttackStage, "_evaluate_candidate", evaluate_candidate)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         server.send_signal(signal.SIGCONT)
         assert main([*command, "--plan", "--json"]) == 0
         planned = json.loads(capsys.readouterr().out)["stages"]

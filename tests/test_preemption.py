@@ -212,7 +212,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     from raysweep.sweep.tuner import run_sweep
 
     alpha = "method.terms.pgd.weight.alpha"
-    base = {**TINY, "epochs": 2, "data.train_size": 640, "batch_size": 8, "*.attacks.*.steps": 3}
+    base = {**TINY, "epochs": 2, "data.train_size": 400, "batch_size": 8, "*.attacks.*.steps": 3}
     settings = SearchSpace.from_data(
         {
             "method": "lrat",
@@ -238,7 +238,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
         # as if left alone.
         processes = find_descendants("ray::ImplicitFu")
         began = processor_seconds(processes)
-        while processor_seconds(processes) < began + 0.3:
+        while processor_seconds(processes) < began + 0.1:
             time.sleep(0.01)
         for process in processes:
             process.terminate()

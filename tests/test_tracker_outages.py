@@ -1,6 +1,7 @@
 """MLflow and Optuna stores that fail during the work: it goes on, and they get all of it later."""
 
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -196,6 +197,8 @@ def run_command_that_waits(arguments: list[str], stopped: Path) -> int:
         steps.append(len(steps))
         while len(steps) == 5 and not stopped.exists():
             time.sleep(0.02)
+        if stopped.exists():
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1"
         return compute_step_gradients(*values, **options)
 
     trainer.compute_step_gradients = wait_and_step
