@@ -284,6 +284,18 @@ def training_plots() -> Iterator[Callable[[], AbstractContextManager[None]]]:
         yield draw
 
 
+def draw_nothing(figure: Any, renderer: Any) -> None:
+    """In place of `TextFigure.draw`, where a process of its own writes a report."""
+
+
+@pytest.fixture
+def undrawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of reports empty, where a test reads the text only: drawing those of a
+    report takes longer than small trainings.
+    """
+    monkeypatch.setattr("raysweep.text_figure.TextFigure.draw", draw_nothing)
+
+
 @pytest.fixture(scope="session")
 def digits() -> DatasetSplits:
     return load_data(DataSpec(name="digits", val_size=50, train_size=64))

@@ -12,6 +12,7 @@ import forked_processes
 import psutil
 import pytest
 import ray
+from conftest import draw_nothing
 from forked_processes import ForkedProcess
 
 from raysweep.logs import read_log
@@ -98,7 +99,9 @@ def _attribute(owner: object, dotted: str) -> tuple[object, str]:
 def _drive(stage: str | None, when: str) -> int:
     """`raysweep run killed.yaml` in a process of its own."""
     from raysweep.cli import main
+    from raysweep.text_figure import TextFigure
 
+    TextFigure.draw = draw_nothing
     if (stage, when) != ("autoattack", "working"):
         # One run spreads its attacks over processes of its own, which must end with it.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny
+from conftest import draw_nothing, tiny
 from forked_processes import ForkedProcess
 from mlflow_server import MlflowServer
 
@@ -61,11 +61,11 @@ NEEDS_RAY = pytest.mark.needs_ray
 LAM = "method.terms.pgd.weight.lam"
 CHEAP = """\
 set:
-  {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02,
+  {epochs: 4, data.val_size: 50, data.train_size: 400, batch_size: 32, "*.eps": 0.02,
    "*.attacks.*.steps": 2, "validation.finish.*.steps": 2, "validation.finish.*.runs": 1}
 stages:
   - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
-  - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 60}
+  - {kind: autoattack, attacks: {PGD: {kind: pgd, steps: 5, step_size: 0.01, eps: 0.02}}, n: 60}
   - {kind: report}
 """
 
@@ -271,6 +271,7 @@ def digits_run(ray_cluster, one_core, tmp_path_factory) -> Path:
 @pytest.mark.ray
 @pytest.mark.mlflow
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn_figures")
 def test_the_next_run_writes_what_an_outage_kept_from_mlflow(
     copied_run: Path,
     workdir: Path,
@@ -460,6 +461,7 @@ def run_without_attacks(arguments: list[str]) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
+        patch.setattr("raysweep.text_figure.TextFigure.draw", draw_nothing)
         patch.setattr("os.sched_getaffinity", lambda pid: {0})
         return main(arguments)
 
@@ -517,6 +519,7 @@ WEAK = {"kind": "pgd", "steps": 2, "step_size": 0.1, "eps": 0.15}
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn_figures")
 def test_nightly_runs_through(ray_cluster, one_core, workdir: Path) -> None:
     """Three sweeps, the best of each method, a report with a section for each."""
     small = _flags(
@@ -551,6 +554,7 @@ def test_a_figure_runs_through_and_draws_what_it_varies(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("undrawn_figures")
 def test_a_papers_table_on_other_data_is_not_comparable(
     ray_cluster, one_core, workdir: Path
 ) -> None:
@@ -577,6 +581,7 @@ def test_a_papers_table_on_other_data_is_not_comparable(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("undrawn_figures")
 def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     ray_cluster, one_core, workdir: Path, monkeypatch, capsys
 ) -> None:
@@ -594,7 +599,7 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 5
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert "raysweep: regression: APGD of the chosen checkpoint fell from" in err
+    assert "raysweep: regression: PGD of the chosen checkpoint fell from" in err
     assert not any(stage["done_before"] for stage in result["stages"]), (
         "another night is another run"
     )

@@ -258,18 +258,19 @@ def test_an_interrupted_sweep_is_an_error_and_resumes(ray_cluster, workdir: Path
     is_over = threading.Event()
     thread = threading.Thread(target=interrupt_after_an_epoch)
     thread.start()
-    settings = {**SETTINGS, "epochs": 20, "scheduler.kind": "none"}
+    settings = {**SETTINGS, "epochs": 10, "scheduler.kind": "none"}
     with pytest.raises(WorkInterrupted, match=r"of 2 trials done; resume .*tune\(resume='g1'"):
         raysweep.tune("at", trials=2, name="g1", settings=settings)
     thread.join()
     sweep = raysweep.load_sweep("g1")
     assert sweep.state == "interrupted" and len(sweep.epochs)
     assert raysweep.tune(resume="g1").state == "finished"
-    assert list(sweep.trials["epochs"]) == [20, 20]
+    assert list(sweep.trials["epochs"]) == [10, 10]
 
 
 @pytest.mark.ray
 @pytest.mark.mlflow
+@pytest.mark.usefixtures("undrawn_figures")
 def test_a_pipeline_returns_its_stages_and_results(ray_cluster, one_core, workdir: Path) -> None:
     stages = """\
 stages:

@@ -632,7 +632,7 @@ def test_failures_are_told_apart(tmp_path) -> None:
 def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:
     """Three trials on three CPUs, one of them on the node that is killed."""
     ledger = Ledger.create(
-        tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "data.train_size": 96})
+        tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "validation.size": 10})
     )
     nodes = [ray_cluster.add_node(num_cpus=1)]
     epochs: dict[int, int] = {}
