@@ -9,7 +9,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.trial import Trial
-from raysweep.training.selection import add_margin
+from raysweep.training.selection import SelectionRule, add_margin
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class AshaScheduler(FIFOScheduler):
         burn_in, value = rule.burn_in, add_margin(value, result, rule)
         is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
         if is_new and not self._is_promotable(epoch, value):
-            self._log_stop(trial.config["number"], epoch, value)
+            self._log_stop(trial.config["number"], epoch, value, rule)
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 
@@ -80,16 +80,17 @@ class AshaScheduler(FIFOScheduler):
         n_promoted = max(1, len(values) // self._space.scheduler.reduction_factor)
         return values[-n_promoted], n_promoted
 
-    def _log_stop(self, trial_number: int, epoch: int, value: float) -> None:
+    def _log_stop(self, trial_number: int, epoch: int, value: float, rule: SelectionRule) -> None:
         """Log the numbers for which a trial is stopped."""
         cut, n_promoted = self._find_cut(epoch)
-        n_values, objective = len(self._rung_values[epoch]), self._space.objectives[0]
+        n_values = len(self._rung_values[epoch])
+        name = f"{rule.objective} with its margin" if rule.margin_factor else rule.objective
         logger.info(
             "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
             "%d of %d trials that were there past their burn-ins",
             trial_number,
             epoch,
-            objective,
+            name,
             value,
             cut,
             n_promoted,
