@@ -4,7 +4,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,7 +122,10 @@ class TestCommands:
         "for w in ('--set', s)]])"
     )
 
-    def test_training_goes_on_when_nobody_reads(self, tmp_path: Path) -> None:
+    def test_training_goes_on_when_nobody_reads(
+        self, tmp_path: Path, empty_store: Callable[[Path], None]
+    ) -> None:
+        empty_store(tmp_path / "mlflow.db")
         code = (
             "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)\n"
             "sys.stderr = None\n"
