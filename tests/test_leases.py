@@ -204,7 +204,7 @@ def contend(folder: Path, number: int) -> None:
 
 def test_an_empty_file_is_taken_over_when_it_has_stayed_so(tmp_path: Path, monkeypatch) -> None:
     """What a power cut leaves of a lease that was just created."""
-    monkeypatch.setattr(filelock._soft, "MALFORMED_LOCK_AGE_THRESHOLD", FAST.expires_after)
+    monkeypatch.setattr(filelock._soft, "MALFORMED_LOCK_AGE_THRESHOLD", 0.1)
     (tmp_path / "key.claim").touch()
     lease = FolderLease(tmp_path / "key.claim", FAST)
     began = time.monotonic()

@@ -725,6 +725,7 @@ stages:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn_figures")
 def test_a_pipelines_sweeps_live_in_the_bucket(
     ray_cluster, one_core, uri: str, tmp_path: Path, workdir: Path, capsys
 ) -> None:
