@@ -20,9 +20,12 @@ from test_python_api import SETTINGS
 from raysweep.sweep.ledger import Ledger
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
+# Enough for networks that are better than chance, which a comparison needs.
 SMALL = {
-    "data.train_size": 64,
+    "data.train_size": 200,
     "data.val_size": 50,
+    "batch_size": 16,
+    "*.eps": 0.05,
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
     "validation.finish.*.runs": 1,
