@@ -73,7 +73,8 @@ class Trial:
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
         averages: The score by the name of the objective: its best mean over
-            `SearchSpace.score_epochs` consecutive epochs. Empty if the objective of the best epoch
+            `SearchSpace.score_epochs` consecutive epochs, with the margin of the best epoch if
+            `SearchSpace.margin_factor` says so. Empty if the objective of the best epoch
             is the score, and before the first epoch that counts.
         rung_verdicts: Which validation examples the epoch of ASHA's first rung gets right; None
             before it, within the burn-in, and if an earlier version of raysweep trained the epoch.
