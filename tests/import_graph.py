@@ -44,6 +44,7 @@ _is_installed = cache(lambda name: importlib.util.find_spec(name) is not None)
 _imports = cache(lambda path: imports(path, nested=False))
 
 
+@cache
 def _find_own_files(name: str, folder: Path) -> list[Path]:
     """The files of this project that are executed when a file in `folder` imports the module
     `name`.

@@ -30,13 +30,7 @@ from raysweep.sweep.warm_start import WarmStart, collect_warm_start, save_warm_s
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
-from raysweep.training.config import (
-    TrainingConfig,
-    build_training_config,
-    find_dataset_defaults,
-    get_or_build_in_folder,
-    name_dataset,
-)
+from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, UNCHANGED_SINCE_0_1
 from raysweep.training.selection import SelectionRule, rank_epoch
 from raysweep.training.training_summary import list_data_warnings
@@ -59,22 +53,11 @@ def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ..
         seeds: Seeds of the runs.
 
     Returns:
-        A grid whose only searched setting is `seed`; perhaps that of an earlier call.
+        A grid whose only searched setting is `seed`.
 
     Raises:
         SpecError: If the settings are not valid.
     """
-    named = name_dataset(overrides)
-    defaults = find_dataset_defaults(method, named)
-    # A pipeline needs the grid of each row a dozen times, to be checked, described and run.
-    return get_or_build_in_folder(
-        ("seed grid", method, named, list(seeds), defaults),
-        lambda: _build_seed_grid(method, overrides, seeds),
-    )
-
-
-def _build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ...]) -> SearchSpace:
-    """Build and check the space of `build_seed_grid`."""
     space = SearchSpace.from_data(
         {
             "method": method,

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,7 +31,6 @@ from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
 from raysweep.user_folders import expand_home
 
-T = TypeVar("T")
 # Parts of a config of which a mapping replaces only the settings that it contains.
 _PARTS = frozenset({"data", "model", "optim", "validation", "compute"})
 
@@ -200,7 +199,7 @@ def build_training_config(
         )
         return _match_validation(("eps", "norm"), changes, apply_overrides(start, changes))
 
-    return get_or_build_in_folder(("config", *inputs, changes), build)
+    return _get_or_build(("config", *inputs, changes), build)
 
 
 def find_dataset_defaults(
@@ -320,20 +319,13 @@ def build_training_config_of_0_1(
         config = apply_overrides(start, changes, stars_reach_parts=False)
         return _match_validation(("eps",), changes, config)
 
-    return get_or_build_in_folder(("config of 0.1", *inputs, changes), build)
+    return _get_or_build(("config of 0.1", *inputs, changes), build)
 
 
-def get_or_build_in_folder(inputs: tuple[Any, ...], build: Callable[[], T]) -> T:
+def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) -> TrainingConfig:
     """Return `get_or_build` of the inputs and of the folders to which their paths of data lead.
 
     These depend on the current folder, on `~` and on symbolic links.
-
-    Args:
-        inputs: As for `get_or_build`. The keys of mappings are dotted paths of settings.
-        build: As for `get_or_build`.
-
-    Returns:
-        As for `get_or_build`.
     """
     places = []
     for changes in inputs:
