@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -134,6 +135,14 @@ def start_command(
     return start_function(
         _run_command_line, list(arguments), folder=folder, environment=environment, imports=COMMANDS
     )
+
+
+def wait_for_file(file: Path) -> None:
+    """Wait in a fork until its test writes a file. If the test has died, the fork ends, too."""
+    deadline = time.monotonic() + 600
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.001)
 
 
 def replace_spawn(patch: pytest.MonkeyPatch) -> None:

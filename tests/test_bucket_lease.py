@@ -405,27 +405,19 @@ class TestLegacyClaims:
         assert [file.key for file in store.list_files()] == [key]
 
 
-def wait_for_file(file: Path) -> None:
-    """Also a process whose test has died ends some day."""
-    deadline = time.monotonic() + 600
-    while not file.exists():
-        assert time.monotonic() < deadline, file
-        time.sleep(0.001)
-
-
 def contend(location: str, folder: Path, numbers: tuple[int, ...]) -> None:
     stores = [open_store(location) for _ in numbers]
     with ThreadPoolExecutor(len(numbers)) as pool:
         for turn in range(ROUNDS):
             leases = [BucketLease(store, f"{turn}.lease", "", CALM) for store in stores]
-            wait_for_file(folder / f"go-{turn}")
+            forked_processes.wait_for_file(folder / f"go-{turn}")
             for lease, has_won, number in zip(
                 leases, pool.map(BucketLease.try_acquire, leases), numbers, strict=True
             ):
                 if has_won:
                     lease.require_held()
                 (folder / f"{turn}-{'won' if has_won else 'lost'}-{number}").touch()
-            wait_for_file(folder / f"end-{turn}")
+            forked_processes.wait_for_file(folder / f"end-{turn}")
             for lease in leases:
                 lease.release()
 

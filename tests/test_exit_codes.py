@@ -100,7 +100,7 @@ def add_nothing(workdir: Path, run: Path) -> None:
     pass
 
 
-NO_BUCKET = "s3://b/x?endpoint_override=127.0.0.1:9&scheme=http"
+NO_BUCKET = "gs://anonymous@b/x?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=0.2"
 OWN_DATA = ["--set", "data.name=arrays", "--data-dir", ".", "--set", "data.val_size=3"]
 # The preparation, the command line, its exit code, words of its line, and the first cause.
 FAULTS = {

@@ -481,7 +481,7 @@ def test_two_workers_on_two_machines_need_only_the_bucket(uri: str, tmp_path: Pa
         ("gs://anonymous@no-such-bucket/x?{gs}", "there is no bucket 'no-such-bucket'"),
         ("s3://b/x?endpoint_override=127.0.0.1:9&scheme=http", "does not answer"),
         (
-            "gs://anonymous@b/x?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=1",
+            "gs://anonymous@b/x?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=0.2",
             "does not answer",
         ),
         ("gs://b/x?{gs}", "credentials come from the environment"),
