@@ -343,12 +343,17 @@ def ray_cluster() -> Iterator["Cluster"]:
         use_worker_script,
     )
 
+    class ClusterOfForks(Cluster):
+        def add_node(self, **options: Any) -> Any:
+            """Start a node, also the head, whose workers and agents are forks."""
+            with use_worker_script(Path(worker_server.__file__)):
+                return super().add_node(**options)
+
     with (
         set_environment({PREEMPTION_POLL_VARIABLE: "0.2"}),
         ray_environment(),
         listen_on_loopback(),
         skip_unused_processes(),
-        use_worker_script(Path(worker_server.__file__)),
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
         worker_server.run_worker_server(Path(sockets)) as server,
     ):
@@ -359,7 +364,7 @@ def ray_cluster() -> Iterator["Cluster"]:
         # A driver whose node gives up its first workers, by default after 60 s, waits forever.
         system = {"health_check_period_ms": 500, "worker_register_timeout_seconds": 600}
         head = {"num_cpus": 2, "_system_config": system}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = ClusterOfForks(initialize_head=True, head_node_args=head)
         with connect_to_cluster(cluster.address):
             yield cluster
         cluster.shutdown()
