@@ -242,6 +242,7 @@ def start_holder(store: Store, tmp_path: Path) -> Iterator[Callable[[LeaseTimes]
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renewal_interval", [0.1, 300.0], ids=["heartbeat", "before a write"])
 def test_a_paused_holder_wakes_notices_and_writes_nothing(
     renewal_interval: float, store: Store, start_holder, lease_of, tmp_path: Path
@@ -336,6 +337,7 @@ class TestOutage:
         assert lease.try_acquire()
         lease.require_held()
 
+    @pytest.mark.slow
     def test_a_heartbeat_goes_on_afterwards(self, store: Store, lease_of, monkeypatch) -> None:
         lease, n_failures = lease_of(), [0]
         assert lease.try_acquire()

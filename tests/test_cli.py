@@ -173,6 +173,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5, "it takes 0.05 processor seconds on an idle machine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["list"], ["tune", "at", "--plan", "--set", "data.train_size=64"]]
 )
@@ -580,6 +581,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
 
 
 @pytest.mark.needs_ray
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--out", "file/below"], "--out file/below: cannot be made"),
+        (["--out", "what?x=1"], "cannot lie in a path with '?'"),
+        (["--optuna", "nonsense"], "--optuna nonsense: "),
+        (["--set", "data.name=svhn"], "data.data_dir is missing"),
+    ],
+)
+def test_a_mistake_is_found_before_ray_starts(
+    options: list[str], line: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (workdir / "file").touch()
+    monkeypatch.setattr(
+        "raysweep.sweep.cluster_start.prepare_cluster",
+        lambda address: pytest.fail("starting Ray takes seconds"),
+    )
+    assert main(["tune", "lrat", *options]) == 2
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.needs_ray
 def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path, capsys) -> None:
     run = workdir / "runs" / "first" / "epoch-0001"
     run.mkdir(parents=True)
@@ -608,6 +631,7 @@ def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in workdir.iterdir()] == ["home"]
 
 
+@pytest.mark.slow
 @pytest.mark.needs_ray
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
@@ -619,6 +643,7 @@ def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     assert not sweep.load_trials() and not (workdir / "runs" / "mine").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.needs_ray
 def test_a_refused_resume_changes_nothing(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys

@@ -437,6 +437,7 @@ def test_pseudo_labels_for_self_training(trained_run: Path, workdir: Path, capsy
     assert "rst trains on labelled data alone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.mlflow
 def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Path) -> None:
     (workdir / "mine.py").write_text(

@@ -273,6 +273,7 @@ def test_a_sweep_of_which_every_trial_fails_is_work_that_failed(
     assert "raysweep: every trial failed; the first: the loss" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.mlflow
 def test_ctrl_c_is_130_and_the_same_command_resumes(workdir: Path) -> None:
     long = ["train", "at", *SMALL[2:], "--set", "epochs=400", "--name", "night"]
@@ -397,6 +398,7 @@ def test_no_error_drops_its_cause() -> None:
     assert found == {}
 
 
+@pytest.mark.slow
 @pytest.mark.needs_ray
 def test_a_node_of_ray_that_starts_too_slowly_is_a_fault_of_the_environment(
     monkeypatch: pytest.MonkeyPatch,

@@ -704,6 +704,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("attacked")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED["evaluations"]))
 def test_autoattack(name: str, out: Path, attacked: Path) -> None:
     expected = EXPECTED["evaluations"][name]

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 from raysweep import attacks, lazy_modules, models
@@ -25,6 +27,7 @@ assert lazy_modules.F.relu is torch.nn.functional.relu
 """
 
 
+@pytest.mark.slow
 def test_modules_have_the_library_itself_once_it_is_imported() -> None:
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -155,6 +155,7 @@ def holder(tmp_path: Path) -> Iterator[ForkedProcess]:
     process.kill()
 
 
+@pytest.mark.slow
 def test_a_paused_holder_loses_its_lease_and_notices_when_it_wakes(
     holder: ForkedProcess, tmp_path: Path
 ) -> None:

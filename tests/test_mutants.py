@@ -147,6 +147,7 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(
     short_folder: Path,
 ) -> None:

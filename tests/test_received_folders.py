@@ -88,7 +88,7 @@ def test_no_link_is_followed(
 
 
 @pytest.mark.parametrize("name", ["lock", "log.jsonl", "sweep.json", "trials/0000/trial.json"])
-@pytest.mark.parametrize("command", ["show", "resume"])
+@pytest.mark.parametrize("command", ["show", pytest.param("resume", marks=pytest.mark.slow)])
 def test_no_pipe_is_waited_for(
     command: str, name: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

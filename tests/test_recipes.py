@@ -68,6 +68,7 @@ def run_commands(folder: Path, commands: list[list[str]]) -> int:
     return max(raysweep.cli.main(command) for command in commands)
 
 
+@pytest.mark.slow
 def test_a_weight_a_loss_an_attack_a_stage_and_a_model(extended_package) -> None:
     commands = [
         ["train", "own.yaml", *SMALL, "--set", "model.name=my_cnn"],

@@ -150,6 +150,7 @@ class TestRefusals:
         client = MlflowClient(f"sqlite:///{workdir / 'mlflow.db'}")
         client.delete_experiment(client.create_experiment("raysweep"))
 
+    @pytest.mark.slow
     @pytest.mark.needs_ray
     @pytest.mark.usefixtures("deleted_experiment")
     @pytest.mark.parametrize(

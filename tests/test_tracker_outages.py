@@ -476,6 +476,7 @@ def test_a_locked_database_neither_ends_nor_delays_a_run(
     assert list_epochs(uri, run) == [1, 2, 3, 4] and run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_an_outage_does_not_mean_that_there_is_no_champion(
     server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

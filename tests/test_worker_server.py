@@ -238,6 +238,7 @@ def print_ids_of_forks(n_forks: int, n_threads: int) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_ray
 def test_no_two_forks_draw_the_same_ids() -> None:
     done = forked_processes.start_function(

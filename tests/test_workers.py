@@ -188,6 +188,7 @@ def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     return train_model(config(), tmp_path_factory.mktemp("one"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_worker_processes_give_the_gradient_of_one(size: int, single_worker_steps, request) -> None:
     path = request.getfixturevalue({2: "two_workers", 3: "three_workers"}[size])

@@ -269,6 +269,7 @@ class _PreparedSweep:
         resources: What a trial holds.
         resumed_ledger: The sweep to resume, as it is; or None.
         is_finished: Whether it has nothing left to run.
+        export_listeners: What writes its trials to an Optuna storage; empty for a plan.
         warm_start: Results of earlier sweeps with which it begins; or None.
     """
 
@@ -279,6 +280,7 @@ class _PreparedSweep:
     resources: Resources
     resumed_ledger: Ledger | None
     is_finished: bool
+    export_listeners: list[SweepListener]
     warm_start: WarmStart | None
 
 
@@ -327,7 +329,12 @@ def run_tune_request(request: TuneRequest) -> EndedSweep:
 @contextmanager
 def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     """Check everything that the sweep needs, before it starts; its cluster starts meanwhile."""
-    from raysweep.commands.common import check_plain_name, resolve_runs_folder
+    from raysweep.commands.common import (
+        check_plain_name,
+        make_writable_folder,
+        resolve_runs_folder,
+    )
+    from raysweep.data import DataSpec
     from raysweep.sweep.cluster_start import prepare_cluster
     from raysweep.sweep.ledger import Ledger, check_folder_is_free
 
@@ -340,20 +347,31 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     space = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
-    if not request.plan_only and resumed_ledger is None:
-        check_folder_is_free(sweep_folder)
+    export_listeners: list[SweepListener] = []
+    if not request.plan_only:
+        if resumed_ledger is None:
+            check_folder_is_free(sweep_folder)
+        make_writable_folder(request.out)
+        export_listeners = _make_export_listeners(request)
     is_finished = (
         resumed_ledger is not None
         and resumed_ledger.space == space
         and not resumed_ledger.has_work_left(request.retry_failed)
     )
+    data_spec = space.trial_config({}).data
+    is_embedded = data_spec.name == DataSpec().name
+    dataset = None
+    if data_spec.data_dir is None and not is_embedded:
+        # If the data set needs a folder, this says so before anything is started.
+        dataset = _load_dataset(request, space, resumed_ledger)
     needs_workers = not request.plan_only and not is_finished
     # Ray takes seconds to start, in which this process imports libraries and reads the data.
     with prepare_cluster(request.address) if needs_workers else nullcontext() as cluster_start:
-        if cluster_start is not None and space.trial_config({}).data.data_dir is None:
-            # A data set without a folder cannot be missing, so the sweep will need the cluster.
+        if cluster_start is not None and is_embedded:
+            # The embedded data set cannot be missing, so the sweep will need the cluster.
             cluster_start.begin()
-        dataset = _load_dataset(request, space, resumed_ledger)
+        if dataset is None:
+            dataset = _load_dataset(request, space, resumed_ledger)
         if cluster_start is not None:
             cluster_start.begin()
         warm_start = _collect_warm_start(request, space, dataset, runs_folder)
@@ -367,6 +385,7 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
             resources,
             resumed_ledger,
             is_finished,
+            export_listeners,
             warm_start,
         )
 
@@ -442,7 +461,7 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
 
 def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> EndedSweep:
     """Run or resume the sweep."""
-    from raysweep.commands.common import make_writable_folder, print_warnings
+    from raysweep.commands.common import print_warnings
     from raysweep.errors import WorkFailed
     from raysweep.leases import hold_folder_lease
     from raysweep.sweep.ledger import Ledger, delete_if_refused
@@ -452,8 +471,7 @@ def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> Ended
 
     space, dataset = prepared.space, prepared.dataset
     is_finished, warm_start = prepared.is_finished, prepared.warm_start
-    out = make_writable_folder(request.out)
-    export_listeners = _make_export_listeners(request)
+    out = request.out.resolve()
     sweep_folder = prepared.sweep_folder
     _check_disk_space(sweep_folder, space, dataset)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
@@ -461,7 +479,7 @@ def _run_prepared_sweep(request: TuneRequest, prepared: _PreparedSweep) -> Ended
     listeners: list[SweepListener] = [
         SweepTracker(tracker, dataset),
         display,
-        *export_listeners,
+        *prepared.export_listeners,
     ]
     start_of_ray = _describe_start_of_ray(request.address)
     with hold_folder_lease(sweep_folder) as held_folder:

@@ -92,11 +92,11 @@ def load_mnist(data_dir: Path | None, download: bool) -> TrainTestArrays:
     Raises:
         SpecError: If `data_dir` is None, or the files are missing or damaged.
     """
-    from torchvision.datasets import MNIST
-
     _refuse_pickled_mnist(data_dir)
     train, test = _load_torchvision_splits(
-        "mnist", data_dir, lambda root, train: MNIST(root, train, download=download)
+        "mnist",
+        data_dir,
+        lambda datasets, root, is_train: datasets.MNIST(root, is_train, download=download),
     )
     x_train, x_test = train.data.numpy()[:, None], test.data.numpy()[:, None]
     return TrainTestArrays(
@@ -117,10 +117,10 @@ def load_cifar10(data_dir: Path | None, download: bool) -> TrainTestArrays:
     Raises:
         SpecError: If `data_dir` is None, or the files are missing or damaged.
     """
-    from torchvision.datasets import CIFAR10
-
     train, test = _load_torchvision_splits(
-        "cifar10", data_dir, lambda root, train: CIFAR10(root, train, download=download)
+        "cifar10",
+        data_dir,
+        lambda datasets, root, is_train: datasets.CIFAR10(root, is_train, download=download),
     )
     x_train, x_test = (
         np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in (train, test)
@@ -143,13 +143,13 @@ def load_svhn(data_dir: Path | None, download: bool) -> TrainTestArrays:
     Raises:
         SpecError: If `data_dir` is None, or the files are missing or damaged.
     """
-    from torchvision.datasets import SVHN
-
-    def make_svhn(root: str, train: bool) -> Any:
-        """Load one part."""
-        return SVHN(root, "train" if train else "test", download=download)
-
-    train, test = _load_torchvision_splits("svhn", data_dir, make_svhn)
+    train, test = _load_torchvision_splits(
+        "svhn",
+        data_dir,
+        lambda datasets, root, is_train: datasets.SVHN(
+            root, "train" if is_train else "test", download=download
+        ),
+    )
     return TrainTestArrays(
         train.data, _to_label_array(train.labels), test.data, _to_label_array(test.labels)
     )
@@ -335,16 +335,24 @@ DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
 
 
 def _load_torchvision_splits(
-    dataset_name: str, data_dir: Path | None, make_dataset: Callable[[str, bool], Any]
+    dataset_name: str, data_dir: Path | None, make_dataset: Callable[[Any, str, bool], Any]
 ) -> tuple[Any, Any]:
-    """Load the training and the test part with `make_dataset(root, is_train)`."""
+    """Load the training and the test part with `make_dataset(datasets, root, is_train)`, where
+    `datasets` is the module of torchvision.
+    """
     if data_dir is None:
         raise SpecError(
             f"data.data_dir is missing: data.name {dataset_name!r} needs the folder of its files "
             "(with data.download=true: a folder for them)"
         )
+    # Imported after the check, because it takes seconds.
+    from torchvision import datasets
+
     try:
-        return make_dataset(str(data_dir), True), make_dataset(str(data_dir), False)
+        return (
+            make_dataset(datasets, str(data_dir), True),
+            make_dataset(datasets, str(data_dir), False),
+        )
     except (RuntimeError, OSError) as error:
         reason = get_first_line(error)
         hint = "point data.data_dir at the folder of torchvision's files, or set data.download=true"
