@@ -194,8 +194,8 @@ class Sweep:
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
               it on the same validation images, else ""; absent if trials cannot be compared.
             * `score`: the best mean of its objective over `SearchSpace.score_epochs` consecutive
-              epochs, with `SearchSpace.margin_factor` times the margin; absent if the sweep ranks
-              by the best epoch alone.
+              epochs, plus `SearchSpace.margin_factor` times the `robust_margin` of its best epoch;
+              absent if the sweep ranks by the objective of the best epoch.
             * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
               else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it

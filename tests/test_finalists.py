@@ -188,8 +188,8 @@ class TestWhatIsSaid:
         others = [make_trial(2, 0.3), make_trial(3, 0.2)]
         ledger = make_ledger(tmp_path, *trials, *others, score_epochs=3)
         assert describe_finalists(ledger)[1] == (
-            "the score alone would have chosen trial 0000; lowered by AutoAttack, its score is "
-            "0.020 below"
+            "the score alone would have chosen trial 0000, whose score, lowered by AutoAttack, is "
+            "0.020 below that of trial 0001"
         )
 
     def test_a_failed_attack(self, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ class TestWhatIsSaid:
         trials = [make_trial(0, 0.5, finalist=result), make_trial(1, 0.4, 0.3)]
         ledger = make_ledger(tmp_path, *trials, make_trial(2, 0.3), make_trial(3, 0.2))
         assert describe_finalists(ledger) == [
-            "AutoAttack could not attack trial 0000: no gradient; the ranking follows the objective"
+            "AutoAttack could not attack trial 0000: no gradient; the ranking leaves AutoAttack out"
         ]
 
     def test_tables_and_json(self, overturned: Ledger) -> None:

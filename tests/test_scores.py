@@ -74,8 +74,8 @@ def test_a_trial_is_ranked_by_its_best_mean_and_keeps_its_best_epoch(tmp_path: P
 
 
 def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
-    """0.9 in epoch 2 is the best epoch; its margin is added to the best mean, at a rung that of the
-    epoch. A metric without a margin, and several metrics, leave it out.
+    """Epoch 2 is the best, with 0.9: its margin, 0.4, is added to the best mean over two epochs.
+    With another metric, or with several, the score has no margin.
     """
     space = build_space(score_epochs=2, margin_factor=0.5)
     rule = space.find_selection_rule({})
@@ -85,8 +85,8 @@ def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
         trial = trial.with_epoch(row, rule)
     assert trial.score("robust_worst") == pytest.approx((0.9 + 0.5) / 2 + 0.5 * 0.4)
     assert space.describe_score() == (
-        "score (the best mean robust worst over 2 consecutive epochs, plus 0.5 times its robust "
-        "margin)"
+        "score (the best mean robust worst over 2 consecutive epochs, plus 0.5 times the robust "
+        "margin of the best epoch)"
     )
     alone = build_space(margin_factor=1)
     assert alone.score_name == "score"
@@ -99,9 +99,8 @@ def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
 
 
 def test_autoattack_lowers_the_scores_of_finalists(tmp_path: Path) -> None:
-    """Trial 0 has the better epoch under AutoAttack, 0.72 and 0.66, but the lower mean.
-
-    Its score is lowered by 0.08, that of trial 1 by 0.04.
+    """Under AutoAttack, the best epoch of trial 0 has 0.72 and that of trial 1 has 0.66; but the
+    mean of trial 0 is lower. AutoAttack lowers the scores by 0.08 and 0.04.
     """
     for score_epochs, order in ((1, [0, 1]), (2, [1, 0])):
         space = build_space(score_epochs=score_epochs, finalists=2, trials=2)

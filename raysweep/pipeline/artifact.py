@@ -92,15 +92,14 @@ class Candidate(Spec):
     mean_score: float | None = None
     """The sweep's objective as the mean over these seeds; null for one seed."""
     average: float | None = None
-    """Best mean of the objective over consecutive epochs of the trial, by which the sweep ranks it,
-    as the mean over the seeds; null for a last checkpoint, and if the sweep ranks by the best epoch
-    alone."""
+    """Score by which the sweep ranks the trial (`Trial.score`), as the mean over the seeds; null
+    for a last checkpoint, and if the score is the objective of the best epoch."""
     margin_factor: float = 0.0
-    """Factor of the margin that `average` includes (`SearchSpace.margin_factor`)."""
+    """Factor of the margin in `average` (`SearchSpace.margin_factor`); 0 if it has no margin."""
 
     def score(self, metric: str) -> float:
-        """Return the score by which the sweep ranked the trial, if the metric is the sweep's
-        objective and the score a mean over epochs; otherwise `checkpoint_value`.
+        """Return the score by which the sweep ranked the trial (`average`), if there is one and the
+        metric is the sweep's objective; otherwise `checkpoint_value`.
         """
         if self.average is not None and metric == self.objectives[0]:
             return self.average
@@ -334,14 +333,15 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     one config share a rank, which has the mean of their scores. Within it the better seed comes
     first. Candidates that were validated on the test images come last: their scores are too high.
 
-    Where AutoAttack has attacked the finalists of all sweeps, corrected scores decide. Where some
-    candidates are of sweeps without finalists, all are compared by the objective; the trials of one
-    sweep with finalists then keep the order of their sweep among each other. So do those of a sweep
+    If all candidates are of sweeps whose finalists AutoAttack has attacked, they are compared by
+    their corrected scores; otherwise by their scores before AutoAttack. In the second case, the
+    trials of one sweep with finalists still keep their order in the sweep. So do those of a sweep
     that repeated its best trials.
 
-    Scores that are means over epochs are compared only if all candidates have one, with the same
-    factor of the margin. Otherwise the objective of the checkpoints decides, also under AutoAttack,
-    and the trials of a sweep with such scores keep the order of their sweep among each other.
+    Scores (`average`) are compared only if all candidates have one, with the same `margin_factor`.
+    Otherwise the checkpoints are compared: by their accuracy under AutoAttack in the first case, by
+    their objective in the second. The trials of a sweep with scores then keep their order in the
+    sweep, too.
 
     Args:
         candidates: Candidates of any stages.

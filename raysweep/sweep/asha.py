@@ -18,9 +18,9 @@ class AshaScheduler(FIFOScheduler):
     """Stop a trial at a rung unless it is among the best trials that have reached the rung.
 
     Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
-    1 / reduction_factor of the trials continue, by the objective and the margin of the epoch
-    (`SearchSpace.margin_factor`). A trial's rungs within its own burn-in are ignored, because its
-    weights have no effect there.
+    1 / reduction_factor of the trials continue. They are compared by the objective of that epoch,
+    plus `SearchSpace.margin_factor` times its `robust_margin`. A trial's rungs within its own
+    burn-in are ignored, because its weights have no effect there.
 
     Args:
         ledger: The sweep. Epochs that its trials reported before are recorded first.
@@ -84,7 +84,7 @@ class AshaScheduler(FIFOScheduler):
         """Log the numbers for which a trial is stopped."""
         cut, n_promoted = self._find_cut(epoch)
         n_values = len(self._rung_values[epoch])
-        name = f"{rule.objective} with its margin" if rule.margin_factor else rule.objective
+        name = f"{rule.objective} plus margin" if rule.margin_factor else rule.objective
         logger.info(
             "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
             "%d of %d trials that were there past their burn-ins",

@@ -1,4 +1,4 @@
-"""What AutoAttack on the finalists of a sweep says of the sweep's objective."""
+"""Compare the objective of a sweep with AutoAttack on its finalists."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ class FinalistSummary:
     Attributes:
         objective: The (first) objective that is an accuracy under attacks.
         n_examples: Number of validation images.
-        by_objective: The finalists in the order of the objective, best first; not empty.
-        by_autoattack: The same trials in the order of their corrected scores.
+        by_objective: The finalists in their order before AutoAttack, by score or objective, best
+            first; not empty.
+        by_autoattack: The same trials by their corrected scores, best first.
         front: With several objectives the members of the Pareto front under AutoAttack; else empty.
     """
 
@@ -40,8 +41,8 @@ class FinalistSummary:
 
     @property
     def gain(self) -> float:
-        """By how much the corrected score of the chosen trial is above that of the objective's
-        choice.
+        """Corrected score of the chosen trial, minus that of the trial that would have been chosen
+        without AutoAttack; at least 0 with one objective.
         """
         chosen, expected = self.by_autoattack[0], self.by_objective[0]
         return chosen.corrected_score(self.objective) - expected.corrected_score(self.objective)
@@ -92,13 +93,13 @@ def summarize_finalists(ledger: Ledger) -> FinalistSummary | None:
 
 
 def describe_finalists(ledger: Ledger) -> list[str]:
-    """Say in lines what AutoAttack says of the finalists, and whether the objective was misled.
+    """Describe the results of AutoAttack, and whether they changed which trial is the best.
 
     Args:
         ledger: The sweep.
 
     Returns:
-        The lines; empty for a sweep without finalists.
+        The lines; empty without finalists, or while some of them have not been attacked.
     """
     summary = summarize_finalists(ledger)
     if summary is None:
@@ -118,7 +119,10 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     else:
         other = f"trial {summary.by_objective[0].number:04d}"
         if chooser == "the score":
-            text = f"{other}; lowered by AutoAttack, its score is {summary.gain:.3f} below"
+            text = (
+                f"{other}, whose score, lowered by AutoAttack, is {summary.gain:.3f} below that of "
+                f"trial {summary.by_autoattack[0].number:04d}"
+            )
         else:
             text = f"{other}, which is {summary.gain:.3f} worse under AutoAttack"
         lines.append(f"{chooser} alone would have chosen {text}")
@@ -127,10 +131,10 @@ def describe_finalists(ledger: Ledger) -> list[str]:
 
 
 def _describe_failed_attacks(ledger: Ledger) -> list[str]:
-    """Say which finalists AutoAttack could not attack, so that the objective decides."""
+    """Say which finalists AutoAttack could not attack, so that the ranking leaves it out."""
     errors = [
         f"AutoAttack could not attack trial {trial.number:04d}: {trial.finalist.error}; "
-        "the ranking follows the objective"
+        "the ranking leaves AutoAttack out"
         for trial in ledger.rank_trials()
         if trial.finalist is not None and trial.finalist.error
     ]

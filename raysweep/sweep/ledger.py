@@ -361,16 +361,18 @@ class Ledger:
         return replace(trial, verdicts=self._read_verdicts(trial, int(trial.best["epoch"])))
 
     def with_rung_results(self, trial: Trial, max_epochs: int) -> Trial:
-        """Return a trial with what its last epoch shows at a rung of ASHA: the value that ASHA
-        compares, if that is not the objective alone, and at the first rung the verdicts.
+        """Return a trial with the results of its last epoch, if that is a rung of ASHA.
+
+        With a margin in the score, `rung_values` gets the value that ASHA compares. At the first
+        rung, `rung_verdicts` gets the verdicts.
 
         Args:
             trial: The trial, whose last epoch still has its checkpoint.
             max_epochs: Epochs of a trial that is not stopped.
 
         Returns:
-            The trial; unchanged after another epoch, within its burn-in, and if it is a base run or
-            a repeat.
+            The trial; unchanged if the epoch is not a rung or lies within the burn-in, and for base
+            runs and repeats.
         """
         rungs = self.space.scheduler.rungs(max_epochs)
         if trial.epoch not in rungs or trial.kind != "trial":
@@ -466,7 +468,7 @@ class Ledger:
             score = trial.corrected_score(metric)
             return rank._replace(negated_seeds=0, negated_score=-score, negated_tie_break=0.0)
 
-        # Stable: equal corrected scores stay in the order of the objective.
+        # Stable: finalists with equal corrected scores keep their order before AutoAttack.
         return sorted(by_objective, key=rank_finally)
 
     def _rank_by_objective(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -489,10 +491,11 @@ class Ledger:
         return self._find_waiting_finalists(self.load_repeat_plan(), self.load_base_runs())
 
     def find_attacked_finalists(self) -> list[Trial]:
-        """Return the finalists, in the order of the objective, if all have a result of AutoAttack.
+        """Return the finalists in their order before AutoAttack, if all have a result of it.
 
         Returns:
-            The finalists. None if one of them has no result: then the objective decides.
+            The finalists; empty if one of them has no result: then the ranking leaves AutoAttack
+            out.
         """
         if not self.space.finalists:
             return []

@@ -311,14 +311,16 @@ class SearchSpace(Spec):
     many consecutive validated epochs after the burn-in, or over all while there are fewer. Trials
     are ranked by their scores, and the sampler is told the scores. The best epoch alone is partly
     best by luck; it remains the checkpoint of its trial, and ASHA compares single epochs. 1: the
-    score is the metric of the best epoch. null: 3 in a new sweep with one metric; 1 with several,
-    and in a sweep of an earlier version."""
+    metric of the best epoch takes the place of the mean. null: 3 in a new sweep with one metric; 1
+    with several, and in a sweep of an earlier version."""
     margin_factor: Annotated[Number, Field(ge=0, le=100)] = 0.0
-    """Factor of `robust_margin`, the mean share of its margin that an image keeps, in the score:
-    the margin of the best epoch is added to the mean, and at the rungs of ASHA that of the epoch to
-    the metric. It has less noise than an accuracy, and orders trials of different learning rates
-    at a rung as they end. 0: the score has no margin, as with several metrics and with another
-    metric than `robust_worst`."""
+    """Factor f of the margin in the score. The score is the best mean over `score_epochs` epochs,
+    plus f times the `robust_margin` of the best epoch; at its rungs, ASHA compares `robust_worst`
+    plus f times the `robust_margin` of that epoch. `robust_margin`, in [0, 1], is the margin of an
+    image under the worst attack divided by its margin without an attack, averaged over the images;
+    0 for an image that does not survive. It has less noise than an accuracy, and at a rung it helps
+    to compare trials whose learning rates differ. 0: no margin. It has no effect with several
+    metrics or with another metric than `robust_worst`."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
@@ -333,10 +335,10 @@ class SearchSpace(Spec):
     run all `trials`."""
     finalists: Annotated[int, Field(ge=0)] | None = None
     """Number of the best trials that full AutoAttack attacks on the validation images when all
-    trials have ended; their scores are then lowered by as much as it lowers the metric. With
-    several metrics, any number above 0 stands for the whole Pareto front, which is drawn anew. 0:
-    none. null: 3 in a new sweep whose metric is an accuracy under attacks; none in a sweep of an
-    earlier version."""
+    trials have ended. Then the score of each falls by as much as AutoAttack lowers the metric of
+    its best epoch. With several metrics, any number above 0 stands for all trials on the Pareto
+    front, which is then computed again from the results of AutoAttack. 0: none. null: 3 in a new
+    sweep whose metric is an accuracy under attacks; none in a sweep of an earlier version."""
     base_runs: Annotated[int, Field(ge=0)] | None = None
     """Number of base runs: trainings of the method without its instance weights, such as `at` for
     `gairat`, each with another seed and all epochs. The best trial is compared with them; they are
@@ -403,15 +405,15 @@ class SearchSpace(Spec):
 
     @property
     def score_name(self) -> str:
-        """What trials are ranked by: the objective of their best epoch, or `score` if it is a mean
-        over several epochs or includes the margin.
+        """Name of what trials are ranked by: `score` if that is a mean over several epochs or
+        includes the margin; otherwise the objective, which is then that of the best epoch.
         """
         has_mean = (self.score_epochs or 1) > 1
         return "score" if has_mean or self._used_margin_factor else self.objectives[0]
 
     @property
     def _used_margin_factor(self) -> float:
-        """`margin_factor`; 0 with several metrics, and with one that has no margin."""
+        """`margin_factor`; 0 with several metrics, or with a metric other than `robust_worst`."""
         return self.margin_factor if self.metric in TIE_BREAK_METRICS else 0.0
 
     def describe_score(self) -> str:
@@ -424,7 +426,8 @@ class SearchSpace(Spec):
         if n_epochs == 1:
             text = f"{objective} of the best epoch"
         if factor := self._used_margin_factor:
-            text += f", plus {'' if factor == 1 else f'{factor:g} times '}its robust margin"
+            text += f", plus {'' if factor == 1 else f'{factor:g} times '}"
+            text += "its robust margin" if n_epochs == 1 else "the robust margin of the best epoch"
         return f"score ({text})"
 
     @property
@@ -595,11 +598,11 @@ class SearchSpace(Spec):
         return networks
 
     def find_selection_rule(self, params: Mapping[str, Any]) -> SelectionRule:
-        """Return which epochs of a trial can be its best.
+        """Return which epochs of a trial can be its best, and how its score is computed.
 
         Args:
-            params: Values by dotted path. If they are invalid together, all epochs: the trial fails
-                when it starts.
+            params: Values by dotted path. If they are invalid together, the rule allows all epochs:
+                the trial fails when it starts.
         """
         try:
             return self.find_run_rule(self.trial_config(params))
@@ -607,7 +610,7 @@ class SearchSpace(Spec):
             return self._add_score_settings(SelectionRule(self.objectives[0]))
 
     def find_run_rule(self, config: TrainingConfig) -> SelectionRule:
-        """Return which epochs of a run of the sweep can be its best, and what its score is.
+        """Return which epochs of a run can be its best, and how its score is computed.
 
         Args:
             config: Training config of a trial, base run or repeat.
@@ -615,7 +618,7 @@ class SearchSpace(Spec):
         return self._add_score_settings(SelectionRule.from_config(config))
 
     def _add_score_settings(self, rule: SelectionRule) -> SelectionRule:
-        """Return the rule with what this space says of scores."""
+        """Return the rule with the `score_epochs` and the `margin_factor` of this space."""
         return rule._replace(
             score_epochs=self.score_epochs or 1, margin_factor=self._used_margin_factor
         )

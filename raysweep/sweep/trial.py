@@ -72,14 +72,14 @@ class Trial:
             has ended; else None.
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
-        averages: The score by the name of the objective: its best mean over
-            `SearchSpace.score_epochs` consecutive epochs, with the margin of the best epoch if
-            `SearchSpace.margin_factor` says so. Empty if the objective of the best epoch
-            is the score, and before the first epoch that counts.
+        averages: {objective: score}. The score is the best mean of the objective over
+            `SearchSpace.score_epochs` consecutive epochs, plus `SearchSpace.margin_factor` times
+            the `robust_margin` of the best epoch. Empty if the score is the objective of the best
+            epoch, and before the first epoch after the burn-in.
         rung_verdicts: Which validation examples the epoch of ASHA's first rung gets right; None
             before it, within the burn-in, and if an earlier version of raysweep trained the epoch.
-        rung_values: What ASHA compared at each rung, by its epoch; empty if it compares the
-            objective alone, which `curve` has.
+        rung_values: {epoch of a rung, as text: value that ASHA compared there}, if this is the
+            objective plus the margin; empty if it is the objective alone, which is in `curve`.
         kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
@@ -191,8 +191,8 @@ class Trial:
         return replace(self, state="running", reason="", is_infrastructure_failure=False)
 
     def score(self, metric: str) -> float:
-        """Return what the trial is ranked by: the best mean over consecutive epochs (`averages`) if
-        the sweep has it for this metric; otherwise the metric of the best epoch.
+        """Return what the trial is ranked by: its score in `averages` if the sweep has one for this
+        metric; otherwise the metric of the best epoch.
 
         Args:
             metric: Name of an objective or of another metric.
@@ -258,15 +258,16 @@ class Trial:
     def corrected_score(self, metric: str) -> float:
         """Return the score, lowered by as much as AutoAttack lowers the metric of the best epoch.
 
-        The accuracy of one epoch under AutoAttack has the noise of one epoch, and the score less. A
-        score that is the metric of the best epoch becomes the accuracy under AutoAttack.
+        This is `score` - (`best_epoch_value` - accuracy of the best epoch under AutoAttack), and
+        has the smaller noise of a mean over epochs. If the score is the metric of the best epoch,
+        the result is the accuracy under AutoAttack.
 
         Args:
             metric: Name of an objective.
 
         Returns:
-            The value; `score` without a result of AutoAttack, and if the metric is no accuracy
-            under attacks.
+            The value, with repeats from the means over the seeds; `score` if there is no result of
+            AutoAttack, or if the metric is not an accuracy under attacks.
         """
         robust = self.robust_under_autoattack
         if robust is None or not is_robust_objective(metric):

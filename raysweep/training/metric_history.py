@@ -23,8 +23,9 @@ A validated epoch (see `validation.every`) also has:
     clean: Accuracy on natural validation images.
     NAME: Accuracy under an attack of `validation.attacks`.
     robust_worst: Share of examples that survive all validation attacks.
-    robust_margin: Mean share of its margin that an example keeps under the worst attack; breaks
-        ties of `robust_worst`.
+    robust_margin: Margin of an example under the worst attack divided by its margin without an
+        attack, averaged over the examples, in [0, 1]; 0 for an example that does not survive.
+        Breaks ties of `robust_worst`.
     masking_gap: Accuracy under the first attack minus `robust_worst`.
     zero_gradient: Share of examples that are correct and whose cross-entropy has zero gradient.
     val/chance_limit: Natural accuracy up to which the model may be guessing.

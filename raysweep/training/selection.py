@@ -27,8 +27,8 @@ class SelectionRule(NamedTuple):
         score_epochs: Number of consecutive validated epochs, after the burn-in and in the window,
             that a mean averages; the best mean is the run's score. 1 if its score is the objective
             of its best epoch.
-        margin_factor: Factor of the metric that breaks ties of the objective (see
-            `get_tie_break`) in the score and at the rungs of ASHA; 0 to leave it out.
+        margin_factor: Factor of the margin in the score and at the rungs of ASHA (see
+            `add_margin`); at least 0, which leaves it out.
     """
 
     objective: str
@@ -140,15 +140,18 @@ def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
 
 
 def add_margin(value: float, metrics: EpochMetrics, rule: SelectionRule) -> float:
-    """Add the margin of an epoch to a value of the objective (`SelectionRule.margin_factor`).
+    """Add the margin of an epoch to a value of the objective.
+
+    The margin is the metric that also breaks ties of the objective (see `get_tie_break`):
+    `robust_margin` for `robust_worst`, in [0, 1].
 
     Args:
         value: The objective, or a mean of it over several epochs.
         metrics: Metrics of the epoch.
-        rule: Rule of the run.
+        rule: Rule of the run, with the objective and the factor of the margin.
 
     Returns:
-        The sum; the value alone if the epoch has no margin.
+        `value` + `margin_factor` * margin; `value` alone if the epoch has no margin.
     """
     return value + rule.margin_factor * max(0.0, get_tie_break(metrics, rule.objective))
 

@@ -230,9 +230,10 @@ class Validation(Spec):
             * `clean`: accuracy on natural images.
             * The name of each of `attacks`: accuracy under it.
             * `robust_worst`: share that survives all attacks.
-            * `robust_margin`: mean share of its margin z_y - max_{i != y} z_i that an example keeps
-              under the worst attack; 0 if it does not survive. It does not depend on the scale of
-              the logits, and breaks ties of `robust_worst`.
+            * `robust_margin`: margin z_y - max_{i != y} z_i of an example under the worst attack
+              divided by its margin without an attack, averaged over the examples; 0 for an example
+              that does not survive. It does not depend on the scale of the logits, and breaks ties
+              of `robust_worst`.
             * `masking_gap`: accuracy under the first attack minus `robust_worst`.
             * `zero_gradient`: share of examples that are correct and whose cross-entropy has zero
               gradient.
