@@ -696,7 +696,7 @@ def test_a_refused_resume_changes_nothing(
         ),
         (
             ["tune", "lrat", "--set", "cpus_per_trial=5"],
-            "argument --set: cpus_per_trial is not a setting, it is the option --cpus-per-trial; ",
+            "argument --set: use the option --cpus-per-trial in place of cpus_per_trial=...; ",
         ),
         (["tun", "lrat"], "invalid choice: 'tun'"),
     ],

@@ -55,7 +55,7 @@ def add_command(
 
 
 class _AppendAssignment(argparse.Action):
-    """Collect the values of `--set`; refuse one that is meant for another option."""
+    """Append a value of `--set`; refuse a name for which the command has an option of its own."""
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ class _AppendAssignment(argparse.Action):
         name = values.partition("=")[0].strip()
         option = f"--{name.replace('_', '-')}"
         if option in parser._option_string_actions:
-            parser.error(f"argument --set: {name} is not a setting, it is the option {option}")
+            parser.error(f"argument --set: use the option {option} in place of {name}=...")
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 

@@ -269,7 +269,8 @@ class _PreparedSweep:
         resources: What a trial holds.
         resumed_ledger: The sweep to resume, as it is; or None.
         is_finished: Whether it has nothing left to run.
-        export_listeners: What writes its trials to an Optuna storage; empty for a plan.
+        export_listeners: Listeners that write its trials to the storage of --optuna; empty without
+            this option, and for a plan.
         warm_start: Results of earlier sweeps with which it begins; or None.
     """
 
@@ -359,16 +360,17 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         and not resumed_ledger.has_work_left(request.retry_failed)
     )
     data_spec = space.trial_config({}).data
-    is_embedded = data_spec.name == DataSpec().name
+    # The default data set is a file of scikit-learn: it needs no folder and cannot be missing.
+    needs_no_folder = data_spec.name == DataSpec().name
     dataset = None
-    if data_spec.data_dir is None and not is_embedded:
-        # If the data set needs a folder, this says so before anything is started.
+    if data_spec.data_dir is None and not needs_no_folder:
+        # This raises SpecError if the folder is missing, before Ray starts.
         dataset = _load_dataset(request, space, resumed_ledger)
     needs_workers = not request.plan_only and not is_finished
     # Ray takes seconds to start, in which this process imports libraries and reads the data.
     with prepare_cluster(request.address) if needs_workers else nullcontext() as cluster_start:
-        if cluster_start is not None and is_embedded:
-            # The embedded data set cannot be missing, so the sweep will need the cluster.
+        if cluster_start is not None and needs_no_folder:
+            # Loading this data set cannot fail, so the cluster may start before it.
             cluster_start.begin()
         if dataset is None:
             dataset = _load_dataset(request, space, resumed_ledger)

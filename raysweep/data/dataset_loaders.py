@@ -338,14 +338,14 @@ def _load_torchvision_splits(
     dataset_name: str, data_dir: Path | None, make_dataset: Callable[[Any, str, bool], Any]
 ) -> tuple[Any, Any]:
     """Load the training and the test part with `make_dataset(datasets, root, is_train)`, where
-    `datasets` is the module of torchvision.
+    `datasets` is `torchvision.datasets`.
     """
     if data_dir is None:
         raise SpecError(
             f"data.data_dir is missing: data.name {dataset_name!r} needs the folder of its files "
             "(with data.download=true: a folder for them)"
         )
-    # Imported after the check, because it takes seconds.
+    # Imported after the check of the folder, because the import takes seconds.
     from torchvision import datasets
 
     try:
