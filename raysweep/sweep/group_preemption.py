@@ -42,7 +42,8 @@ class GroupInterruption(NamedTuple):
 class GroupPreemptionWatch:
     """Decides after each step whether the workers must stop; all of them decide the same.
 
-    It asks Ray as often as Ray looks for preempted nodes.
+    It asks Ray Train, and looks for the file of `relay_sigterm`, as often as Ray Train itself polls
+    for preempted nodes (`PREEMPTION_POLL_VARIABLE`): every 2 s by default.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class GroupPreemptionWatch:
         self._workers = workers
         self._device = device
         self._clock = clock
-        # Each check sends Ray a request and looks for the file.
+        # Not after each step, because a check sends Ray a request and may ask a bucket.
         default = RAY_ENVIRONMENT[PREEMPTION_POLL_VARIABLE]
         self._check_seconds = float(os.environ.get(PREEMPTION_POLL_VARIABLE, default))
         self._next_check = clock()

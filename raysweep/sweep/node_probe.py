@@ -291,12 +291,13 @@ def _probe_data(request: ProbeRequest, problems: dict[str, str]) -> str:
 
 
 def _belongs_to_session(process: psutil.Process, session_name: str) -> bool:
-    """Return whether a process belongs to a Ray session."""
+    """Return whether a process, with its `info["cmdline"]`, belongs to a Ray session."""
     parent, command_line = process.parent(), " ".join(process.info["cmdline"] or [])
-    # Processes that Ray starts have the session in their command line. Workers and agents rename
-    # themselves, but their parent does not, unless they are forks of the worker server.
+    # Processes that Ray starts have the session in their command line. Workers and agents replace
+    # theirs by a title, such as `ray::IDLE`; then that of their parent, the raylet, has it.
     if session_name in command_line or (parent and session_name in " ".join(parent.cmdline())):
         return True
+    # The parent of a fork is the worker server. But the fork has files of the session open.
     is_named_by_ray = command_line.startswith("ray::")
     return is_named_by_ray and any(session_name in file.path for file in process.open_files())
 

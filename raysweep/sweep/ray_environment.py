@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 PREEMPTION_POLL_VARIABLE = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
-"""Variable with the seconds between two looks of Ray Train for nodes that are taken away."""
+"""Environment variable: interval in seconds at which Ray Train polls for preempted nodes."""
 
 RAY_ENVIRONMENT = {
     # Otherwise Ray sends usage statistics to its makers.

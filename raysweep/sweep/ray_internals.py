@@ -168,7 +168,7 @@ _TOKENS = RayInternal(
     "ray._raylet",
     "AuthenticationTokenLoader",
     "start",
-    "the workers of a cluster without a token cannot talk to a program that had a cluster with one",
+    "a program that had a cluster with a token cannot use the workers of one that has none",
 )
 _STDOUT_FILTER = RayInternal(
     "ray._private.ray_logging",
@@ -211,7 +211,7 @@ _GROUP_DATASETS = RayInternal(
     "ray.train.v2.api.data_parallel_trainer",
     "DatasetsCallback",
     "sweep",
-    "each group of workers starts a process for data sets of Ray, which nothing uses",
+    "each group of workers starts an actor of Ray Data, which raysweep does not use",
 )
 _PROPAGATED_VARIABLES = RayInternal(
     "ray.tune.execution.class_cache",
@@ -319,8 +319,9 @@ def use_worker_script(script: Path) -> Iterator[None]:
     """Context manager: nodes that start in this block run this script for each worker and agent.
 
     Args:
-        script: Absolute path of a Python file. It runs in place of Ray's own for workers. For
-            agents, its first argument is Ray's script.
+        script: Absolute path of a Python file. For a worker it runs in place of Ray's
+            setup_worker.py, with the same arguments. For an agent its arguments are the path of the
+            agent's script and that script's arguments.
     """
     with ExitStack() as restored:
         if _WORKER_SCRIPT.is_present():
@@ -330,7 +331,7 @@ def use_worker_script(script: Path) -> Iterator[None]:
             build_command = _AGENT_COMMAND.resolve()
 
             def build_agent_command(*arguments: Any, **options: Any) -> list[str]:
-                """Put the script between the interpreter and the script of an agent."""
+                """Return the start of an agent's command, to which Ray adds the agent's script."""
                 return [*build_command(*arguments, **options), str(script)]
 
             restored.enter_context(_AGENT_COMMAND.replaced_by(build_agent_command))
@@ -368,12 +369,13 @@ def skip_unused_processes() -> Iterator[None]:
 
 @contextmanager
 def skip_unused_group_processes() -> Iterator[None]:
-    """Context manager: groups of workers that start in this block get two processes of Ray Train
-    less.
+    """Context manager: groups of workers that start in this block get no placement group cleaner
+    and no dataset manager of Ray Train, which are two processes.
 
-    One frees their resources, which raysweep does itself (see `multi_worker_trial`). It asks the
-    dashboard whether the group is alive. Where none runs it waits ten seconds for the answer, also
-    before it ends. The other serves data sets of Ray, and raysweep uses none.
+    The cleaner frees the resources of a group that has died, which raysweep does itself (see
+    `multi_worker_trial`). It asks the dashboard whether the group is alive, and where no dashboard
+    runs it waits ten seconds for the answer, also before it ends. The dataset manager serves shards
+    of Ray Data, which raysweep does not use.
     """
     user_callback = importlib.import_module("ray.train").UserCallback
 
@@ -460,7 +462,7 @@ def keep_authentication_mode() -> Iterator[None]:
             os.environ.update({} if former is None else {_MODE_VARIABLE: former})
             if _SETTINGS.is_present():
                 _SETTINGS.resolve().initialize("")
-            # The mode alone does not suffice: a token that was read once is demanded ever after.
+            # The mode alone does not suffice: Ray caches the token that it has read.
             if _TOKENS.is_present():
                 _TOKENS.resolve().instance().reset_cache()
 

@@ -13,8 +13,8 @@ from raysweep.sweep.search_space import Params, Scheduler, SearchSpace
 from raysweep.training.config import TrainingConfig
 from raysweep.training.config_warnings import ConfigWarning
 
-# Methods whose trials keep their order from before the drop, on recorded curves
-# (benchmarks/search_quality.md).
+# Methods whose trials have nearly their final order before the learning rate drops, on recorded
+# curves of digits (benchmarks/search_quality.md).
 _METHODS_ORDERED_EARLY = frozenset({"fat"})
 
 

@@ -2,9 +2,11 @@
 
 An ordinary worker takes five processor seconds to import Ray, PyTorch and raysweep. A fork takes a
 tenth of a second, and shares the memory of the imports. Only nodes that raysweep starts on this
-machine have such workers: their raylet runs this file, by its path, for each worker and for its two
-agents (`ray_internals.use_worker_script`). It asks the server for a fork; where there is no server,
-it becomes an ordinary worker or agent. So this file imports the standard library only.
+machine have such workers: their raylet runs this file, by its path, as the launcher of each worker
+and of its two agents, that of the dashboard and that of runtime environments
+(`ray_internals.use_worker_script`). A launcher asks the server for a fork; where there is no
+server, it becomes an ordinary worker or agent. So this file imports the standard library only. What
+is said of workers below holds for agents, too.
 """
 
 import array
@@ -57,7 +59,7 @@ class WorkerServer:
     """
 
     def __init__(self, folder: Path) -> None:
-        # Imported here: launchers, which run this file too, do without it.
+        # Imported here, because launchers run this file, too, and do not need it.
         import secrets
 
         _delete_stale_sockets(folder)
@@ -75,17 +77,17 @@ class WorkerServer:
             self._process = _start_process(listener)
 
     def import_ray(self) -> None:
-        """Let the server import Ray before the cluster starts, and wait until it has.
+        """Let the server import Ray before the cluster starts, and wait until it has done so.
 
-        The agents of a node, which must start within half a minute, are forks, too. And Ray reads
-        environment variables when it is imported: whether clusters require a token, which
-        `ray.init` turns on, and with which process a worker ends. Without this call, the server
-        imports Ray when it is asked for the first worker, with the variables of that worker.
+        Without this call, the server imports Ray when it is asked for the first fork. That may be
+        too late for the agents of a node, which have half a minute to start. And at its import Ray
+        would read the variables of that fork: whether clusters require a token, which `ray.init`
+        turns on, and the process whose end also ends a worker.
         """
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
             connection.connect(str(self.socket_path))
             _send_request(connection, {"environment": _make_import_environment()})
-            # It closes the connection when it has.
+            # The server sends nothing, but closes the connection when it has imported Ray.
             connection.recv(1)
 
     def stop(self) -> None:
@@ -252,7 +254,11 @@ def _connect_to_server() -> socket.socket | None:
 
 
 def _become_ordinary_worker(worker_arguments: Sequence[str]) -> NoReturn:
-    """Run Ray's own script in place of this one; that of workers lies beside their second one."""
+    """Run in place of this launcher what Ray would have started without it.
+
+    For a worker this is setup_worker.py with the arguments of the launcher, the first of which is
+    the path of the worker's script, in the same folder. For an agent it is the script of the agent.
+    """
     first_script = next(argument for argument in worker_arguments if argument.endswith(".py"))
     setup_script = Path(first_script).with_name("setup_worker.py")
     scripts = [str(setup_script)] if setup_script.exists() else []
