@@ -3,11 +3,11 @@
     git worktree add FOLDER d5c5dbc
     python benchmarks/before_after.py --work WORK --before FOLDER [--seeds 5] [--method gairat]
 
-Both run in this environment, so the other commit needs the same dependencies. The sampler and the
-trainings use the same seed. Only the later version attacks finalists and trains base runs; its
-sweeps leave both out here. The checkpoint that each sweep chose is attacked on all test images by
-full AutoAttack and by the objective, both of this version. Results stay in WORK: the same command
-resumes an interrupted run.
+FOLDER is a checkout of the other commit, `before`; this checkout is `after`. Both run in this
+environment, so the other commit needs the same dependencies. The sampler and the trainings use the
+same seed. Sweeps of this version leave out finalists and base runs, which d5c5dbc does not have.
+The checkpoint that each sweep chose is attacked on all test images by full AutoAttack and by the
+objective, both of this version. Results stay in WORK: the same command resumes an interrupted run.
 """
 
 import json
@@ -91,7 +91,8 @@ def run_sweep(
     """Run a sweep, or its rest, and evaluate the checkpoint that it chose.
 
     Returns:
-        `autoattack` and `objective`: accuracies on test images; `epochs`: epochs trained.
+        `autoattack` and `objective`: accuracies on test images, in [0, 1]; `epochs`: number of
+        epochs that the sweep trained; `machine`: what it ran on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     space = yaml.safe_load((code / "search_spaces" / f"{method}.yaml").read_text())
@@ -111,8 +112,12 @@ def run_sweep(
 
 
 def list_rows(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Return a row for each seed, the means, and the mean paired differences with their 95%
-    intervals (Student's t).
+    """Return the rows of the table: one for each seed, the means, and the mean differences of the
+    pairs with equal seeds, with their 95% intervals (Student's t).
+
+    Args:
+        results: `before` and `after` -> results of `run_sweep`, in the order of the seeds, at least
+            two.
     """
     pairs = [*zip(results["before"], results["after"], strict=True)]
     rows = [

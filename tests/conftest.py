@@ -132,9 +132,11 @@ def count_reported_epochs(sweep: Path) -> int:
 
 
 class LogsOfRootLogger:
-    """Attaches a handler to the root logger, as pytest 8 does for each step of a test. Later
-    versions also look for loggers that do not propagate, among all of those of Ray, MLflow and
-    PyTorch: this takes as long as the median test.
+    """Context manager that attaches a handler to the root logger, and nothing else.
+
+    It replaces pytest's `catching_logs`, which does the same in pytest 8. Later versions also look
+    for loggers that do not propagate. Among all loggers of Ray, MLflow and PyTorch, at each step of
+    a test, that takes as long as the median test.
     """
 
     def __init__(self, handler: logging.Handler, level: int | None = None) -> None:
@@ -285,13 +287,13 @@ def training_plots() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
 
 def draw_nothing(figure: Any, renderer: Any) -> None:
-    """In place of `TextFigure.draw`, where a process of its own writes a report."""
+    """Replace `TextFigure.draw` in a test, or in a process that it starts to write a report."""
 
 
 @pytest.fixture
 def undrawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures of reports empty, where a test reads the text only: drawing those of a
-    report takes longer than small trainings.
+    """Leave the figures of reports empty, for a test that reads only the text: drawing them takes
+    longer than its small trainings.
     """
     monkeypatch.setattr("raysweep.text_figure.TextFigure.draw", draw_nothing)
 
@@ -344,8 +346,10 @@ def ray_cluster() -> Iterator["Cluster"]:
     )
 
     class ClusterOfForks(Cluster):
+        """Ray's cluster for tests, with nodes whose workers and agents are forks."""
+
         def add_node(self, **options: Any) -> Any:
-            """Start a node, also the head, whose workers and agents are forks."""
+            """Start a node; `Cluster` also calls this for the head node."""
             with use_worker_script(Path(worker_server.__file__)):
                 return super().add_node(**options)
 
@@ -357,7 +361,7 @@ def ray_cluster() -> Iterator["Cluster"]:
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
         worker_server.run_worker_server(Path(sockets)) as server,
     ):
-        # This cluster has no token.
+        # The server imports Ray as for a cluster without a token, which this one is.
         with set_environment({"RAY_AUTH_MODE": "disabled"}):
             server.import_ray()
         # Ray counts a node as dead once five checks in a row have failed: 15 s at its own period.

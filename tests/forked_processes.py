@@ -25,7 +25,7 @@ FORKS = multiprocessing.get_context("forkserver")
 TRAINING = [
     "raysweep.training.trainer",
     "raysweep.training.distributed",
-    # The test files whose functions run in forks import these.
+    # Imported by test files with functions that run in forks.
     "pytest",
     "moto.server",
 ]
@@ -138,7 +138,7 @@ def start_command(
 
 
 def wait_for_file(file: Path) -> None:
-    """Wait in a fork until its test writes a file. If the test has died, the fork ends, too."""
+    """Wait in a fork until its test writes a file; fail after ten minutes, if the test has died."""
     deadline = time.monotonic() + 600
     while not file.exists():
         assert time.monotonic() < deadline, file

@@ -44,12 +44,12 @@ NOBODY = 2**22 + 1
 KEY = ".claims/alone.lease"
 FAST = LeaseTimes(renewal_interval=0.1, expires_after=0.6)
 CALM = LeaseTimes(renewal_interval=0.5, expires_after=60.0)
-# Of eight contenders, each of two processes has four in threads.
+# Eight contenders are the threads of two processes, four in each.
 ROUNDS, CONTENDERS = 50, ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
 class Clock:
-    """The time by which contenders measure silence: it passes only when a test says so."""
+    """Fake monotonic clock, in seconds, which only a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -60,6 +60,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Clock by which leases measure how long a holder has been silent. It is also the
+    `time.monotonic` of this file, because `time` is the same module.
+    """
     clock = Clock()
     monkeypatch.setattr("raysweep.bucket_lease.time.monotonic", lambda: clock.now)
     return clock
@@ -82,7 +85,16 @@ def lease_of(store: Store) -> Iterator[Callable[..., BucketLease]]:
 def wait_until_true(
     condition: Callable[[], bool], seconds: float, pause: Callable[[float], None] = time.sleep
 ) -> float | None:
-    """Ask again and again; return after how many seconds the answer was True, or None."""
+    """Check a condition every 0.05 s.
+
+    Args:
+        condition: Returns whether to stop.
+        seconds: How long to wait at most.
+        pause: Sleeps for some seconds, or advances a fake clock.
+
+    Returns:
+        After how many seconds the condition was true; None if it was not.
+    """
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > seconds:
@@ -94,12 +106,14 @@ def wait_until_true(
 def acquire_within(
     lease: BucketLease, seconds: float, pause: Callable[[float], None] = time.sleep
 ) -> float | None:
-    """Try again and again; return after how many seconds the lease was acquired, or None."""
+    """Try to acquire a lease every 0.05 s (see `wait_until_true`)."""
     return wait_until_true(lease.try_acquire, seconds, pause)
 
 
 def is_expiry(waited: float | None) -> bool:
-    """Whether a contender that looks every 0.05 s waited as long as a silent lease lasts."""
+    """Return whether a contender that tries every 0.05 s waited until a silent lease expired, and
+    not longer.
+    """
     return waited is not None and FAST.expires_after <= waited <= FAST.expires_after + 0.11
 
 

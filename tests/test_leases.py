@@ -28,7 +28,7 @@ HERE = socket.gethostname()
 # Above the largest process number of Linux.
 NOBODY = 2**22 + 1
 FAST = LeaseTimes(renewal_interval=0.1, expires_after=0.5)
-# Of eight contenders, each of two processes has four in threads.
+# Eight contenders are the threads of two processes, four in each.
 ROUNDS, CONTENDERS = 50, ((0, 1, 2, 3), (4, 5, 6, 7))
 
 

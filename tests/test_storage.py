@@ -102,7 +102,9 @@ def delete_local_copy(tmp_path: Path) -> None:
 
 
 def make_objects_older(uri: str) -> None:
-    """Let time pass for a bucket: S3 keeps times in whole seconds."""
+    """Make objects that are written later newer than those of now, also in S3, which keeps times in
+    whole seconds.
+    """
     location = parse_bucket_uri(uri)
     if location.scheme == "s3":
         bucket = get_backend("s3")["123456789012"]["aws"].buckets[location.bucket]
