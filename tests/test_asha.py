@@ -199,7 +199,10 @@ def test_trials_of_earlier_drivers_count_whatever_became_of_them(tmp_path: Path)
 
 @pytest.mark.parametrize("remembered", [False, True])
 def test_margins_are_compared_too(remembered: bool, tmp_path: Path) -> None:
-    """With twice its margin trial 0 has 0.5 + 2 * 0.3 = 1.1, trial 1 has 1.0, trial 2 has 1.2."""
+    """Plus twice the margin, trial 0 has 0.5 + 2 * 0.3 = 1.1, trial 1 has 1.0, trial 2 has 1.2.
+
+    If remembered, trial 0 reached the rung in an earlier driver, and its trial.json has the value.
+    """
     rungs = Rungs(tmp_path / "first", margin_factor=2)
     past = []
     if remembered:

@@ -12,7 +12,7 @@ from raysweep.pipeline.stage_sweep import drop_data_location
 from raysweep.spec import SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
-from raysweep.sweep.finalist_summary import summarize_finalists
+from raysweep.sweep.finalist_summary import describe_ranking, summarize_finalists
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.sweep.trial import Trial
@@ -116,6 +116,10 @@ def test_autoattack_lowers_the_scores_of_finalists(tmp_path: Path) -> None:
     assert corrected == pytest.approx([0.7 - 0.04, 0.6 - 0.08])
     summary = summarize_finalists(ledger)
     assert summary is not None and summary.gain == 0
+    assert describe_ranking(ledger) == (
+        "score (the best mean robust worst over 2 consecutive epochs) on the validation split, "
+        "lowered by AutoAttack for the first 2"
+    )
     assert [trial.final_score("robust_worst") for trial in ranked] == [0.66, 0.72]
     candidates = [
         build_candidate(f"s/{trial.number}", trial.best["robust_worst"]).replace(

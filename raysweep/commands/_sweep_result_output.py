@@ -61,6 +61,7 @@ def print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -
 
 def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:
     """Print a table of the best trials: the Pareto front if there are several objectives."""
+    from raysweep.sweep.finalist_summary import describe_ranking
     from raysweep.sweep.spread_summary import summarize_spread
     from raysweep.terminal import TrialTable, create_table_console
 
@@ -72,13 +73,7 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         print(f"\n{len(best)} of {n_trials} trials on {front}")
     else:
         best = ranked[:_MAX_TRIALS_PRINTED]
-        n_finalists = len(ledger.find_attacked_finalists())
-        order = f"{ledger.space.describe_score()} on the validation split"
-        if n_finalists and ledger.space.score_name == "score":
-            order += f", lowered by AutoAttack for the first {n_finalists}"
-        elif n_finalists:
-            order = f"AutoAttack (the first {n_finalists}), then by {order}"
-        print(f"\nbest {len(best)} of {n_trials} trials by {order}")
+        print(f"\nbest {len(best)} of {n_trials} trials by {describe_ranking(ledger)}")
     rows = [*best, *ledger.load_base_runs(), *ledger.load_repeats()]
     table = TrialTable(ledger, rows, spread=summarize_spread(ledger))
     create_table_console().print(table)

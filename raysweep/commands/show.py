@@ -483,7 +483,7 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
         objective = ledger.space.objectives[0]
         scores = ", ".join(f"{score:.4f}" for score in list_seed_scores(trial, objective))
         print(f"mean over {len(trial.trainings)} seeds")
-        print(f"  {objective} = {trial.score(objective):.4f} ({scores})")
+        print(f"  {ledger.space.score_name} = {trial.score(objective):.4f} ({scores})")
     if trial.robust_under_autoattack is not None and trial.finalist is not None:
         print(f"  AutoAttack on {trial.finalist.n_examples} validation images")
         print(f"  robust = {trial.robust_under_autoattack:.4f}")

@@ -130,6 +130,21 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     return lines
 
 
+def describe_ranking(ledger: Ledger) -> str:
+    """Describe by what `Ledger.rank_trials` ranks, after the words "trials by".
+
+    Args:
+        ledger: The sweep.
+    """
+    order = f"{ledger.space.describe_score()} on the validation split"
+    n_finalists = len(ledger.find_attacked_finalists())
+    if not n_finalists:
+        return order
+    if ledger.space.score_name == "score":
+        return f"{order}, lowered by AutoAttack for the first {n_finalists}"
+    return f"AutoAttack (the first {n_finalists}), then by {order}"
+
+
 def _describe_failed_attacks(ledger: Ledger) -> list[str]:
     """Say which finalists AutoAttack could not attack, so that the ranking leaves it out."""
     errors = [

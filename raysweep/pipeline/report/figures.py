@@ -43,7 +43,7 @@ def plot_metric_curves(histories: Mapping[str, History], metric: str, y_label: s
 
 
 def plot_param_slices(ledger: Ledger) -> Figure:
-    """Plot the objective of every trial against each parameter; later trials are darker.
+    """Plot the score or objective of every trial against each parameter; later ones are darker.
 
     Failed trials are left out. Each parameter has the scale of its distribution.
 

@@ -15,6 +15,7 @@ from raysweep.pipeline.report.document import (
 )
 from raysweep.stores import StorePath
 from raysweep.sweep.conclusions import describe_conclusions
+from raysweep.sweep.finalist_summary import describe_ranking
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
@@ -49,11 +50,11 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
     """Build the content of a sweep's section."""
     ranked = ledger.rank_trials()
     best = ranked[:_MAX_TRIALS_SHOWN]
-    order = ledger.space.describe_score()
     others = [*ledger.load_base_runs(), *ledger.load_repeats()]
     parts: list[SectionPart] = [
         Paragraph(
-            f"The best {len(best)} of {len(ledger.load_trials())} trials, by {order} on validation."
+            f"The best {len(best)} of {len(ledger.load_trials())} trials by "
+            f"{describe_ranking(ledger)}."
         ),
         _build_trial_table(ledger, [*best, *(run for run in others if run.best)]),
         *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_conclusions(ledger)],
@@ -62,7 +63,8 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
     if len(succeeded) > 1:
         parts.append(
             CaptionedFigure(
-                "Objective against each searched setting (darker: later)",
+                f"{'Score' if ledger.space.score_name == 'score' else 'Objective'} against each "
+                "searched setting (darker: later)",
                 figures.plot_param_slices(ledger),
                 is_full_width=True,
             )
@@ -74,8 +76,8 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
 
 
 def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
-    """Build the table of trials, base runs and repeats: metrics in percent, best epoch and
-    parameters.
+    """Build the table of trials, base runs and repeats: metrics and scores in percent (a score
+    with a margin may be above 100), best epoch and parameters.
     """
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
