@@ -20,7 +20,8 @@ from test_python_api import SETTINGS
 from raysweep.sweep.ledger import Ledger
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
-# Enough for networks that are better than chance, which a comparison needs.
+# Settings for short trainings; they suffice for networks that are better than chance, which the
+# comparison in the notebook needs.
 SMALL = {
     "data.train_size": 200,
     "data.val_size": 50,
@@ -57,7 +58,9 @@ def kernel(ray_cluster) -> Iterator[KernelManager]:
 @pytest.mark.ray
 @pytest.mark.mlflow
 def test_the_notebook_runs(kernel: KernelManager, workdir: Path, empty_store) -> None:
-    """With shorter trainings than a user's."""
+    """The notebook runs through, with the settings of `SMALL` added to those of its sweeps and its
+    pipeline.
+    """
     empty_store(workdir / "mlflow.db")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     n_shortened = 0

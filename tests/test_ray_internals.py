@@ -255,7 +255,7 @@ def test_messages_about_lost_processes_are_hidden_unless_the_user_set_a_pattern(
     lost = "A worker died or was killed while executing a task"
     for one in (stdout_deduplicator, stderr_deduplicator):
         monkeypatch.setattr(one, "skip_re", None)
-        # Without what the tests' cluster has printed, which may still wait here.
+        # `recent` buffers messages for a while: leave out those of the tests' cluster.
         monkeypatch.setattr(one, "recent", {})
         with ray_internals.hide_lost_process_messages():
             assert printed(one, lost) == [] and printed(one, "another message") != []

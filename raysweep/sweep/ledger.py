@@ -480,7 +480,7 @@ class Ledger:
     def find_waiting_finalists(self) -> list[Trial]:
         """Return the finalists whose best epoch AutoAttack has not attacked yet.
 
-        Finalists are the best trials by the objective that may be chosen, as many as
+        Finalists are the best trials by their scores that may be chosen, as many as
         `space.finalists` says; with several objectives the members of the Pareto front. There are
         none while trials or repeats run. Each seed of a finalist is attacked. If trials were
         repeated, only these can be finalists. The base runs that have ended with a result follow
@@ -502,7 +502,7 @@ class Ledger:
         return self._find_attacked_finalists(self.load_repeat_plan())
 
     def _find_finalists(self, plan: RepeatPlan) -> list[Trial]:
-        """Return those of all trials that are finalists, in the order of the objective."""
+        """Return those of all trials that are finalists, in their order before AutoAttack."""
         if not self.space.finalists or not self._have_ended(plan.trials) or plan.waiting:
             return []
         ranked = self._rank_by_objective(plan.trials)
@@ -546,9 +546,9 @@ class Ledger:
         return ranked_trials[0]
 
     def rank_trial(self, trial: Trial) -> RunRank:
-        """Return the rank of a trial by the objective: failed ones come last, before them those
-        whose best epoch is not eligible, before them those above the masking gap. Of the others,
-        those with more seeds come first.
+        """Return the rank of a trial by its score, before AutoAttack: failed ones come last, before
+        them those whose best epoch is not eligible, before them those above the masking gap. Of the
+        others, those with more seeds come first.
         """
         metric = self.space.objectives[0]
         return RunRank(
