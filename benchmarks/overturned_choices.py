@@ -60,7 +60,7 @@ def format_row(method: str, seed: int, summary: FinalistSummary) -> list[str]:
     metric = summary.objective
     chosen_by_objective, chosen = summary.by_objective[0], summary.by_autoattack[0]
     attacked = ", ".join(
-        f"{trial.number:04d} {trial.score(metric):.4f} / {trial.final_score(metric):.4f}"
+        f"{trial.number:04d} {trial.score(metric):.4f} / {trial.final_value(metric):.4f}"
         for trial in summary.by_objective
     )
     is_overturned = chosen.number != chosen_by_objective.number

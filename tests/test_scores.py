@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pipeline_builders import build_candidate
 
-from raysweep.pipeline.artifact import rank_candidates
+from raysweep.pipeline.artifact import Candidate, rank_candidates
+from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.stage_sweep import drop_data_location
 from raysweep.spec import SpecError
 from raysweep.sweep.extension_checks import check_extension
@@ -120,12 +121,12 @@ def test_autoattack_lowers_the_scores_of_finalists(tmp_path: Path) -> None:
         "score (the best mean robust worst over 2 consecutive epochs) on the validation split, "
         "lowered by AutoAttack for the first 2"
     )
-    assert [trial.final_score("robust_worst") for trial in ranked] == [0.66, 0.72]
+    assert [trial.final_value("robust_worst") for trial in ranked] == [0.66, 0.72]
     candidates = [
         build_candidate(f"s/{trial.number}", trial.best["robust_worst"]).replace(
             checkpoint=f"s/{trial.number:04d}/epoch-0001",
             average=trial.score("robust_worst"),
-            autoattack=trial.final_score("robust_worst"),
+            autoattack=trial.final_value("robust_worst"),
         )
         for trial in ranked
     ]
@@ -160,6 +161,14 @@ def test_a_warm_start_tells_the_scores_of_the_new_sweep(
     monkeypatch.setattr(Ledger, "find_data_fingerprint", lambda self: "data")
     found = collect_warm_start(build_space(score_epochs=score_epochs), "data", [ledger])
     assert [result.best["robust_worst"] for result in found.results] == pytest.approx([told])
+    # Without `robust_margin`, which early versions did not measure, there is no such score.
+    with_margin = build_space(score_epochs=score_epochs, margin_factor=1.0)
+    found = collect_warm_start(with_margin, "data", [ledger])
+    assert found.results == () and found.points == ({LR: 0.1},)
+    margins = {"epoch": 4.0, "robust_worst": 0.7, "robust_margin": 0.25}
+    ledger.save_trial(replace(ledger.load_trials()[0], best=margins))
+    found = collect_warm_start(with_margin, "data", [ledger])
+    assert [result.best["robust_worst"] for result in found.results] == pytest.approx([told + 0.25])
 
 
 def test_means_are_not_compared_with_best_epochs_of_other_runs() -> None:
@@ -179,3 +188,57 @@ def test_means_are_not_compared_with_best_epochs_of_other_runs() -> None:
     ] == ["b", "a"]
     c = c.replace(checkpoint="run/epoch-0001")
     assert [x.label for x in rank_candidates([a, b, c])] == ["b", "c", "a"]
+
+
+def make_scored(sweep: str, number: int, value: float, **more: Any) -> Candidate:
+    checkpoint = f"{sweep}/{number:04d}/epoch-0001"
+    return build_candidate(f"{sweep}/{number}", value).replace(checkpoint=checkpoint, **more)
+
+
+def rank(*candidates: Candidate) -> list[str]:
+    return [candidate.label for candidate in rank_candidates(candidates)]
+
+
+def test_below_the_finalists_scores_are_not_compared_with_objectives() -> None:
+    """The score of s/1, with its margin, is 0.85; its objective is lower than that of old/1."""
+    scored = {"margin_factor": 1.0, "score_epochs": 3}
+    finalist = make_scored("s", 0, 0.6, autoattack=0.55, average=0.9, **scored)
+    other = make_scored("s", 1, 0.57, is_below_finalists=True, average=0.85, **scored)
+    old = make_scored("old", 0, 0.62, autoattack=0.5)
+    old_other = make_scored("old", 1, 0.59, is_below_finalists=True)
+    candidates = (finalist, other, old, old_other)
+    assert rank(*candidates) == ["s/0", "old/0", "old/1", "s/1"]
+    stage = PromoteStage(top=3)
+    assert [x.label for x in stage.select_candidates(candidates)] == ["s/0", "old/0", "old/1"]
+
+
+def test_scores_of_other_rules_are_not_compared() -> None:
+    """A mean over three epochs is lower than one epoch: beside it, the checkpoints decide."""
+    three = make_scored("s", 0, 0.6, average=0.5, score_epochs=3)
+    two = make_scored("t", 0, 0.58, average=0.55, score_epochs=2)
+    assert rank(two, three) == ["s/0", "t/0"]
+    assert rank(two.replace(score_epochs=3), three) == ["t/0", "s/0"]
+    # Corrected scores: 0.45 and 0.52; under AutoAttack: 0.55 and 0.56.
+    three, two = three.replace(autoattack=0.55), two.replace(autoattack=0.54)
+    assert rank(two, three) == ["s/0", "t/0"]
+    assert rank(two.replace(score_epochs=3), three) == ["t/0", "s/0"]
+    stored = three.to_stored_dict()
+    assert stored["score_epochs"] == 3 and Candidate.from_data(stored, stored=True) == three
+
+
+def test_a_score_by_one_metric_is_not_compared_with_another_metric() -> None:
+    """Sweep p has means of `pgd`; both are ranked by robust_worst, of which it has no mean."""
+    mean = make_scored("s", 0, 0.6, average=0.5, score_epochs=3)
+    pgd = make_scored("p", 0, 0.55, average=0.7, score_epochs=3, objectives=("pgd",))
+    assert rank(pgd, mean) == ["s/0", "p/0"]
+
+
+def test_the_pareto_set_of_one_metric_is_the_best_on_one_scale() -> None:
+    stage = PromoteStage(pareto=True)
+    with_margin = make_scored("s", 0, 0.57, average=0.85, margin_factor=1.0)
+    run = make_scored("run", 0, 0.6)
+    assert stage.select_candidates((with_margin, run)) == [run]
+    # As in their sweeps, finalists are compared by corrected scores: 0.5 and 0.51.
+    first = make_scored("s", 0, 0.6, autoattack=0.56, average=0.54, score_epochs=3)
+    second = make_scored("t", 0, 0.6, autoattack=0.55, average=0.56, score_epochs=3)
+    assert stage.select_candidates((first, second)) == [second]

@@ -49,6 +49,7 @@ class Candidate(Spec):
             "mean_score",
             "average",
             "margin_factor",
+            "score_epochs",
         }
     )
 
@@ -96,6 +97,8 @@ class Candidate(Spec):
     for a last checkpoint, and if the score is the objective of the best epoch."""
     margin_factor: float = 0.0
     """Factor of the margin in `average` (`SearchSpace.margin_factor`); 0 if it has no margin."""
+    score_epochs: int = 1
+    """Number of epochs that `average` averages (`SearchSpace.score_epochs`)."""
 
     def score(self, metric: str) -> float:
         """Return the score by which the sweep ranked the trial (`average`), if there is one and the
@@ -113,10 +116,12 @@ class Candidate(Spec):
             return self.mean_score
         return self.metrics.get(metric, float("-inf"))
 
-    def final_score(self, metric: str) -> float:
-        """Return a validation metric; under AutoAttack if it is an accuracy under attacks."""
+    def final_value(self, metric: str) -> float:
+        """Return `checkpoint_value`; `autoattack` in its place if there is one and the metric is
+        an accuracy under attacks.
+        """
         if self.autoattack is None or not is_robust_objective(metric):
-            return self.score(metric)
+            return self.checkpoint_value(metric)
         return self.autoattack
 
     def corrected_score(self, metric: str) -> float:
@@ -152,6 +157,15 @@ class Candidate(Spec):
     def is_chosen_on_test(self) -> bool:
         """Whether the test images decided which epoch this is."""
         return self.selection_split == "test" and self.checkpoint_kind == "best"
+
+
+GetScore = Callable[[Candidate, str], float]
+"""Function that returns the score of a candidate by a metric, such as `Candidate.score`."""
+
+_SCORES_BEFORE_AUTOATTACK: Mapping[GetScore, GetScore] = {
+    Candidate.corrected_score: Candidate.score,
+    Candidate.final_value: Candidate.checkpoint_value,
+}
 
 
 class EvaluationResult(Spec):
@@ -326,6 +340,32 @@ def select_ranking_metrics(candidates: Iterable[Candidate]) -> tuple[str, ...]:
     return objectives.pop() if len(objectives) == 1 else (DEFAULT_OBJECTIVE,)
 
 
+def choose_score(candidates: Sequence[Candidate], metric: str) -> GetScore:
+    """Choose by what candidates of any sweeps are compared: by values of one scale.
+
+    Scores (`average`) are of one scale only if all candidates have one for this metric, by the
+    same rule (`score_epochs`, `margin_factor`). Otherwise the metric of the checkpoints is
+    compared.
+
+    Args:
+        candidates: Candidates of any stages.
+        metric: The first of `select_ranking_metrics`.
+
+    Returns:
+        Function of a candidate and a metric. If all candidates are of sweeps whose finalists
+        AutoAttack has attacked, it takes AutoAttack into account: finalists must then rank above
+        all others, whose values are those before AutoAttack.
+    """
+    rules = {(candidate.score_epochs, candidate.margin_factor) for candidate in candidates}
+    has_one_rule = len(rules) == 1 and all(
+        candidate.average is not None and metric == candidate.objectives[0]
+        for candidate in candidates
+    )
+    if all(candidate.has_attacked_finalists for candidate in candidates):
+        return Candidate.corrected_score if has_one_rule else Candidate.final_value
+    return Candidate.score if has_one_rule else Candidate.checkpoint_value
+
+
 def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Sort candidates by their validation results, best first; the test set plays no part.
 
@@ -333,42 +373,34 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     one config share a rank, which has the mean of their scores. Within it the better seed comes
     first. Candidates that were validated on the test images come last: their scores are too high.
 
-    If all candidates are of sweeps whose finalists AutoAttack has attacked, they are compared by
-    their corrected scores; otherwise by their scores before AutoAttack. In the second case, the
-    trials of one sweep with finalists still keep their order in the sweep. So do those of a sweep
-    that repeated its best trials.
-
-    Scores (`average`) are compared only if all candidates have one, with the same `margin_factor`.
-    Otherwise the checkpoints are compared: by their accuracy under AutoAttack in the first case, by
-    their objective in the second. The trials of a sweep with scores then keep their order in the
-    sweep, too.
+    Candidates of different sweeps are compared by what `choose_score` chooses. Where that is not
+    what their sweep ranks them by, the trials of one sweep still keep their order in the sweep:
+    they exchange their places in the common order. This is so for the trials of a sweep that
+    repeated its best trials; of a sweep with finalists, if others have none; and of a sweep with
+    scores, if checkpoints are compared.
 
     Args:
         candidates: Candidates of any stages.
     """
     metric = select_ranking_metrics(candidates)[0]
-    averaged = {_sweep_folder(c) for c in candidates if c.average is not None}
-    are_all_averaged = all(c.average is not None for c in candidates)
-    are_all_averaged &= len({c.margin_factor for c in candidates}) == 1
-    get_score = Candidate.score if are_all_averaged else Candidate.checkpoint_value
-    ranked = sorted(candidates, key=_make_rank_key(candidates, metric, get_score))
-    rank_finally = _make_rank_key(candidates, metric, Candidate.corrected_score)
-    attacked = {_sweep_folder(c) for c in candidates if c.has_attacked_finalists}
+    get_score = choose_score(candidates, metric)
+    score_before = _SCORES_BEFORE_AUTOATTACK.get(get_score, get_score)
+    ranked = sorted(candidates, key=_make_rank_key(candidates, metric, score_before))
+    # Stable: candidates with equal results keep their order before AutoAttack.
+    ranked.sort(key=_make_rank_key(candidates, metric, get_score))
+    rank_by_sweep = _make_rank_key(candidates, metric, Candidate.corrected_score)
     placed = {_sweep_folder(c) for c in candidates if c.n_seeds > 1}
-    if candidates and all(candidate.has_attacked_finalists for candidate in candidates):
-        rank_checkpoints = _make_rank_key(candidates, metric, Candidate.final_score)
-        ranked = sorted(ranked, key=rank_finally if are_all_averaged else rank_checkpoints)
-    else:
-        placed |= attacked
-    if not are_all_averaged:
-        placed |= averaged
+    if get_score not in _SCORES_BEFORE_AUTOATTACK:
+        placed |= {_sweep_folder(c) for c in candidates if c.has_attacked_finalists}
+    if score_before is Candidate.checkpoint_value:
+        placed |= {_sweep_folder(c) for c in candidates if c.average is not None}
     members: dict[str, list[Candidate]] = {folder: [] for folder in placed}
     for candidate in ranked:
         if _sweep_folder(candidate) in placed:
             members[_sweep_folder(candidate)].append(candidate)
 
     def rank_in_sweep(candidate: Candidate) -> tuple[Any, ...]:
-        is_of_test, rank, *others = rank_finally(candidate)
+        is_of_test, rank, *others = rank_by_sweep(candidate)
         n_seeds = 0 if candidate.autoattack is not None else candidate.n_seeds
         return (is_of_test, rank._replace(negated_seeds=-n_seeds), *others)
 
@@ -385,22 +417,20 @@ def _sweep_folder(candidate: Candidate) -> str:
 
 
 def _make_rank_key(
-    candidates: Sequence[Candidate], metric: str, get_score: Callable[[Candidate, str], float]
+    candidates: Sequence[Candidate], metric: str, get_score: GetScore
 ) -> Callable[[Candidate], tuple[bool, RunRank, float, int]]:
     """Return the sort key of candidates: by their scores, averaged over the seeds of a row."""
     scores: dict[tuple[str, str], list[float]] = {}
     for candidate in candidates:
         scores.setdefault(candidate.row, []).append(get_score(candidate, metric))
+    is_after_autoattack = get_score in _SCORES_BEFORE_AUTOATTACK
 
     def rank(candidate: Candidate) -> tuple[bool, RunRank, float, int]:
         run_rank = RunRank(
             has_failed=False,
             has_ineligible_best=candidate.is_ineligible,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
-            is_below_finalists=(
-                get_score in (Candidate.corrected_score, Candidate.final_score)
-                and candidate.is_below_finalists
-            ),
+            is_below_finalists=is_after_autoattack and candidate.is_below_finalists,
             negated_seeds=0,
             negated_score=-mean(scores[candidate.row]),
         )

@@ -6,7 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from raysweep.pareto import pareto_front_indices
-from raysweep.pipeline.artifact import Candidate, rank_candidates, select_ranking_metrics
+from raysweep.pipeline.artifact import (
+    Candidate,
+    choose_score,
+    rank_candidates,
+    select_ranking_metrics,
+)
 from raysweep.pipeline.facts import PromoteFacts, SweepSummary
 from raysweep.pipeline.stage import (
     CONFLICT_MESSAGE,
@@ -153,11 +158,10 @@ class PromoteStage(Stage):
         if not self.pareto:
             return rank_candidates(eligible)[: self.top]
         metrics = select_ranking_metrics(eligible)
+        get_score = choose_score(eligible, metrics[0])
         if all(c.has_attacked_finalists for c in eligible):
             eligible = [c for c in eligible if not c.is_below_finalists]
-            points = [[c.final_score(metric) for metric in metrics] for c in eligible]
-        else:
-            points = [[c.score(metric) for metric in metrics] for c in eligible]
+        points = [[get_score(c, metric) for metric in metrics] for c in eligible]
         return [eligible[index] for index in pareto_front_indices(points)]
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:

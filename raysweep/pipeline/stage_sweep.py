@@ -277,6 +277,7 @@ def make_candidate(
     rank = rank_epoch(saved.last_metrics, rule)
     is_finalist = checkpoint_kind == "best" and trial.number in finalists
     objective = ledger.space.objectives[0]
+    score_rule = ledger.space.find_selection_rule(trial.params)
     # The last epoch need not lie in `validation.window`.
     is_sound = rank.is_after_burn_in and rank.is_above_chance
     return Candidate(
@@ -299,7 +300,8 @@ def make_candidate(
         n_seeds=len(trial.trainings),
         mean_score=trial.best_epoch_value(objective) if trial.repeats else None,
         average=trial.score(objective) if checkpoint_kind == "best" and trial.averages else None,
-        margin_factor=ledger.space.find_selection_rule(trial.params).margin_factor,
+        margin_factor=score_rule.margin_factor,
+        score_epochs=score_rule.score_epochs,
     )
 
 

@@ -35,7 +35,7 @@ class FinalistSummary:
     def overestimates(self) -> list[float]:
         """Objective minus accuracy under AutoAttack, for each of `by_objective`."""
         return [
-            trial.best_epoch_value(self.objective) - trial.final_score(self.objective)
+            trial.best_epoch_value(self.objective) - trial.final_value(self.objective)
             for trial in self.by_objective
         ]
 
@@ -60,7 +60,7 @@ class FinalistSummary:
                 {
                     "trial": trial.number,
                     "objective": trial.best_epoch_value(self.objective),
-                    "robust": trial.final_score(self.objective),
+                    "robust": trial.final_value(self.objective),
                 }
                 for trial in self.by_autoattack
             ],
@@ -107,7 +107,7 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     name = summary.objective.replace("_", " ")
     chooser = "the score" if ledger.space.score_name == "score" else name
     results = ", ".join(
-        f"trial {trial.number:04d} {trial.final_score(summary.objective):.3f} "
+        f"trial {trial.number:04d} {trial.final_value(summary.objective):.3f} "
         f"({name} {trial.best_epoch_value(summary.objective):.3f})"
         for trial in summary.by_autoattack
     )

@@ -605,7 +605,7 @@ class Ledger:
         if candidates:
             numbers = {trial.number for trial in candidates}
             ranked = [trial for trial in self.rank_trials() if trial.number in numbers]
-            return _find_front(ranked, metrics, Trial.final_score)
+            return _find_front(ranked, metrics, Trial.final_value)
         ranked = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
         return _find_front(ranked, metrics, Trial.best_epoch_value)
 

@@ -241,18 +241,20 @@ class Trial:
             return None
         return self.finalist.verdicts
 
-    def final_score(self, metric: str) -> float:
-        """Return what `score` returns; under AutoAttack if it is an accuracy under attacks.
+    def final_value(self, metric: str) -> float:
+        """Return a metric of the best epoch; the accuracy under AutoAttack in its place if it is an
+        accuracy under attacks and AutoAttack has attacked the epoch.
 
         Args:
             metric: Name of an objective.
 
         Returns:
-            The value; -inf if it has not been measured.
+            The value, or its mean over the seeds if there are several; -inf if it has not been
+            measured.
         """
         robust = self.robust_under_autoattack
         if robust is None or not is_robust_objective(metric):
-            return self.score(metric)
+            return self.best_epoch_value(metric)
         return robust
 
     def corrected_score(self, metric: str) -> float:

@@ -2,6 +2,7 @@
 try first.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from raysweep.sweep.ledger import WARM_START_FILE, Ledger
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.sweep.trial import Trial
 from raysweep.training.config import TrainingConfig
+from raysweep.training.selection import get_tie_break
 
 N_POINTS_OF_OTHER_DATA = 3
 """How many of the best settings are tried first if no result of a sweep is comparable, for example
@@ -154,10 +156,19 @@ def collect_warm_start(
             EarlierResult(ledger.name, trial.number, params, _rescore_metrics(space, params, trial))
             for trial, params in comparable
             # What an interrupted trial would have come to is not known.
-            if trial.state != "running"
+            if trial.state != "running" and _has_margin(space, params, trial)
         ]
         points += [params for _, params in comparable[:1] or usable[:N_POINTS_OF_OTHER_DATA]]
     return WarmStart(tuple(results), tuple(points))
+
+
+def _has_margin(space: SearchSpace, params: Params, trial: Trial) -> bool:
+    """Return whether a trial has the margin that is part of a score of this space, if it is; trials
+    of early versions have none, so their scores would be on another scale.
+    """
+    rule = space.find_selection_rule(params)
+    margins = [get_tie_break(run.best, rule.objective) for run in trial.trainings]
+    return not rule.margin_factor or min(margins) > -math.inf
 
 
 def _rescore_metrics(space: SearchSpace, params: Params, trial: Trial) -> Metrics:

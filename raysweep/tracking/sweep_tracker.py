@@ -214,12 +214,12 @@ class SweepTracker:
             return
         names = ("finalist/robust_accuracy", "finalist/overestimate")
         for trial, overestimate in zip(summary.by_objective, summary.overestimates, strict=True):
-            values = (trial.final_score(summary.objective), overestimate)
+            values = (trial.final_value(summary.objective), overestimate)
             if run_id := self._find_trial_run(trial):
                 self._tracker.log_final(run_id, dict(zip(names, values, strict=True)))
         best_trial = summary.by_autoattack[0]
         metrics = {
-            "finalist/robust_accuracy": best_trial.final_score(summary.objective),
+            "finalist/robust_accuracy": best_trial.final_value(summary.objective),
             "finalist/overestimate": max(summary.overestimates),
             "finalist/gain": summary.gain,
         }

@@ -161,7 +161,7 @@ def _build_pareto_figures(ledger: Ledger, ranked_trials: Sequence[Trial]) -> lis
         return []
     front = ledger.unmasked_pareto_front((first, *others))
     # With a single objective, AutoAttack decides which trial is the best, not the front.
-    get_score = Trial.final_score if len(objectives) > 1 else Trial.best_epoch_value
+    get_score = Trial.final_value if len(objectives) > 1 else Trial.best_epoch_value
     pictures: list[SectionPart] = []
     for other in others:
         names = f"{figures.format_metric_name(other)} and {figures.format_metric_name(first)}"
