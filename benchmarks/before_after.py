@@ -33,7 +33,8 @@ from raysweep.training.checkpoint import read_checkpoint
 from raysweep.training.model_loading import load_trained_model
 
 HERE = Path(__file__).resolve().parent.parent
-METRICS = ("autoattack", "objective", "epochs")
+# Key of a result -> number of decimals: accuracies, and whole epochs.
+DECIMALS = {"autoattack": 4, "objective": 4, "epochs": 0}
 HEADER = [
     f"{name} {version}"
     for name in ("AutoAttack", "objective", "epochs")
@@ -121,18 +122,23 @@ def list_rows(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     """
     pairs = [*zip(results["before"], results["after"], strict=True)]
     rows = [
-        [str(seed), *(f"{run[key]:.4g}" for key in METRICS for run in pair)]
+        [str(seed), *(f"{run[key]:.{digits}f}" for key, digits in DECIMALS.items() for run in pair)]
         for seed, pair in enumerate(pairs)
     ]
     means = [
-        describe_mean([run[key] for run in results[name]]) for key in METRICS for name in results
+        describe_mean([run[key] for run in results[name]], digits)
+        for key, digits in DECIMALS.items()
+        for name in results
     ]
     rows.append(["mean +- standard error", *means])
     differences = []
-    for key in METRICS:
+    for key, digits in DECIMALS.items():
         values = np.array([after[key] - before[key] for before, after in pairs])
         interval = ttest_1samp(values, 0).confidence_interval()
-        differences += ["", f"{values.mean():+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"]
+        mean, low, high = (
+            f"{value:+.{digits}f}" for value in (values.mean(), interval.low, interval.high)
+        )
+        differences += ["", f"{mean} ({low} to {high})"]
     return [*rows, ["after minus before (95% interval)", *differences]]
 
 

@@ -117,12 +117,12 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def describe_mean(values: Sequence[float]) -> str:
+def describe_mean(values: Sequence[float], decimals: int = 3) -> str:
     """Return the mean and, of two or more values, its standard error."""
-    mean = f"{statistics.fmean(values):.3f}"
+    mean = f"{statistics.fmean(values):.{decimals}f}"
     if len(values) < 2:
         return mean
-    return f"{mean} +- {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{mean} +- {statistics.stdev(values) / len(values) ** 0.5:.{decimals}f}"
 
 
 def measure_matrix_rate(

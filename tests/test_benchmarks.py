@@ -17,6 +17,7 @@ from raysweep.training.presets import resolve_training_config
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import before_after  # noqa: E402
 import gair_fat_labels  # noqa: E402
 import paper_pipelines  # noqa: E402
 import training_step  # noqa: E402
@@ -150,3 +151,19 @@ def test_each_part_ends_with_a_table_of_ratios(
     spec.loader.exec_module(command)
     command.main()
     assert len(ratios(capsys.readouterr().out)) >= 2
+
+
+def test_rows_of_before_and_after_have_equal_decimals() -> None:
+    results = {
+        "before": [{"autoattack": 0.66, "objective": 0.7, "epochs": 86}] * 2,
+        "after": [
+            {"autoattack": 0.6578, "objective": 0.7111, "epochs": 100},
+            {"autoattack": 0.68, "objective": 0.7, "epochs": 96},
+        ],
+    }
+    first, _, means, differences = before_after.list_rows(results)
+    assert first == ["0", "0.6600", "0.6578", "0.7000", "0.7111", "86", "100"]
+    assert means[1:3] == ["0.6600 +- 0.0000", "0.6689 +- 0.0111"]
+    assert means[5:] == ["86 +- 0", "98 +- 2"]
+    assert differences[2] == "+0.0089 (-0.1321 to +0.1499)"
+    assert differences[6] == "+12 (-13 to +37)"
