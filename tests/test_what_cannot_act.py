@@ -141,6 +141,19 @@ def test_ranges_are_judged_by_their_ends() -> None:
         "scheduler.grace_period = 3: trials are compared before the learning rate drops in epoch "
         "6, when their order says little about the end; set it to 6, or scheduler.kind to none"
     ]
+    # FAT's trials are in order from epoch 4, where that was measured: on digits with 8 epochs.
+    assert list_space_warnings(load_space("fat", {})) == []
+    elsewhere = {"scheduler.grace_period": 4, "optim.lr.boundaries": [5, 7]}
+    for changes in (
+        {"scheduler.grace_period": 3},
+        {"scheduler.grace_period": 4, "epochs": 16},
+        {"scheduler.grace_period": 4, "optim.lr.boundaries": [6, 7]},
+        {**elsewhere, "data.name": "mnist", "epochs": 8},
+        {**elsewhere, **CIFAR, "epochs": 8},
+    ):
+        lines = list_space_warnings(load_space("fat", changes))
+        warned = [line for line in lines if "before the learning rate drops" in line]
+        assert len(warned) == 1, (changes, lines)
     # Only a fall counts, and all rungs after the advice are validated.
     rates = {"optim.lr": {"boundaries": [2, 5], "values": [0.01, 0.1, 0.01]}}
     asha = {"scheduler.grace_period": 2, "scheduler.reduction_factor": 2}
