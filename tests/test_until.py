@@ -13,7 +13,7 @@ from raysweep.result_loading import sweep_to_json
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
-from raysweep.sweep.spread_summary import describe_spread, find_early_end
+from raysweep.sweep.spread_summary import describe_spread, find_early_end, summarize_spread
 from raysweep.sweep.trial import Trial
 
 
@@ -42,6 +42,38 @@ class TestRule:
         trials = [make_trial(0, 200), make_trial(1, 199), *[make_trial(n, 90 + n) for n in (2, 3)]]
         trials += [make_trial(n, 40 + 20 * n) for n in range(4, 8)]
         assert self.decide(tmp_path, trials) is None
+
+    @pytest.mark.parametrize("n_better", [1, 7])
+    def test_a_better_checkpoint_contradicts_the_best_score(
+        self, tmp_path: Path, n_better: int
+    ) -> None:
+        """By its score trial 0 is the best, for example by its margin; all others are told apart
+        from it, but some as the better ones.
+        """
+        trials = [make_trial(0, 150, averages={"robust_worst": 1.5})]
+        for number in range(1, 8):
+            n_correct = 220 if number <= n_better else 60
+            trials.append(make_trial(number, n_correct, averages={"robust_worst": 0.9}))
+        ledger = make_until_ledger(tmp_path, *trials, score_epochs=3, margin_factor=1.0)
+        assert find_early_end(ledger, ledger.load_trials()) is None
+        summary = summarize_spread(ledger)
+        assert summary is not None and summary.best.number == 0
+        assert summary.like_best == summary.surpassing == list(range(1, 1 + n_better))
+        marks = [summary.describe_mark(trial) for trial in ledger.load_trials()]
+        assert marks == ["best", *["yes"] * n_better, *[""] * (7 - n_better)]
+        names = {1: "checkpoint of trial 0001 does", 7: "checkpoints of trials 0001, 0002, "}
+        assert describe_spread(ledger)[0].startswith(f"the {names[n_better]}")
+        assert describe_spread(ledger)[0].endswith(
+            "better on the same 300 validation images than that of trial 0000, which is ranked "
+            "first"
+        )
+        # One that is not told apart has a line before.
+        ledger.save_trial(make_trial(7, 151, averages={"robust_worst": 0.9}))
+        assert describe_spread(ledger)[0] == (
+            "trial 0007 cannot be told apart from the best, trial 0000, on the same 300 validation "
+            "images"
+        )
+        assert describe_spread(ledger)[1].startswith("the checkpoint")
 
     def test_a_flat_landscape(self, tmp_path: Path) -> None:
         """All have the same number right, so that the spread is less than the images explain."""

@@ -54,15 +54,24 @@ class SpreadSummary:
 
     @property
     def like_best(self) -> list[int]:
-        """Numbers of the trials that cannot be told apart from the best one, without its own."""
-        return [number for number, pair in self.differences.items() if not pair.is_told_apart]
+        """Numbers of the trials that may be as good as the best one, without its own: those that
+        cannot be told apart from it, and `surpassing`.
+        """
+        return [n for n, pair in self.differences.items() if pair.verdict != "better"]
+
+    @property
+    def surpassing(self) -> list[int]:
+        """Numbers of the trials whose checkpoints are better than that of the best one. The score
+        ranks that one first, or the mean over its seeds.
+        """
+        return [n for n, pair in self.differences.items() if pair.verdict == "worse"]
 
     def describe_mark(self, trial: Trial) -> str:
         """Return the mark of a trial in tables: "best", "yes" if it may be as good, or ""."""
         if trial.key == self.best.key:
             return "best"
         pair = self.differences.get(trial.number) if trial.kind == "trial" else None
-        return "" if pair is None or pair.is_told_apart else "yes"
+        return "" if pair is None or pair.verdict == "better" else "yes"
 
     def to_json_dict(self) -> JsonDict:
         """Return plain data for `--json`."""
@@ -225,7 +234,8 @@ def decide_early_end(
     """
     if len(differences) + 1 < MIN_CONCLUSIVE_TRIALS:
         return None
-    if all(pair.is_told_apart for pair in differences.values()):
+    # One that is told apart as the better checkpoint contradicts the ranking: nothing is clear yet.
+    if all(pair.verdict == "better" for pair in differences.values()):
         return "told-apart"
     if split is None or split.n_models < MIN_CONCLUSIVE_TRIALS:
         return None
@@ -254,7 +264,7 @@ def describe_spread(ledger: Ledger) -> list[str]:
     summary = summarize_spread(ledger)
     if summary is None:
         return []
-    lines = [_describe_like_best(summary)]
+    lines = _describe_like_best(summary)
     if (reason := ledger.load_early_end()) is not None:
         n_trials = ledger.space.n_trials
         lines.insert(
@@ -300,25 +310,35 @@ def _describe_few_trials(summary: SpreadSummary) -> str:
     )
 
 
-def _describe_like_best(summary: SpreadSummary) -> str:
-    """Return the line about the trials that cannot be told apart from the best one."""
+def _describe_like_best(summary: SpreadSummary) -> list[str]:
+    """Return the lines about the trials that may be as good as the best one."""
     where = f"on the same {summary.n_examples} validation images"
-    n_compared = 1 + len(summary.differences)
-    like_best = summary.like_best
+    n_others = len(summary.differences)
+    surpassing = summary.surpassing
+    undecided = [number for number in summary.like_best if number not in surpassing]
     best = f"trial {summary.best.number:04d}"
-    if not like_best:
+    if not summary.like_best:
         margin = min(pair.low for pair in summary.differences.values())
-        return (
-            f"{best} is told apart from the other {n_compared - 1} trials {where}: it is better "
-            f"than each by at least {margin:.3f}"
+        return [
+            f"{best} is told apart from the other {n_others} trials {where}: it is better than "
+            f"each by at least {margin:.3f}"
+        ]
+    lines = []
+    if len(undecided) == n_others:
+        lines.append(f"these {1 + n_others} trials cannot be told apart {where}")
+    elif undecided:
+        plural = "s" if len(undecided) > 1 else ""
+        lines.append(
+            f"trial{plural} {format_trial_numbers(undecided)} cannot be told apart from the best, "
+            f"{best}, {where}"
         )
-    if len(like_best) == n_compared - 1:
-        return f"these {n_compared} trials cannot be told apart {where}"
-    plural = "s" if len(like_best) > 1 else ""
-    return (
-        f"trial{plural} {format_trial_numbers(like_best)} cannot be told apart from the best, "
-        f"{best}, {where}"
-    )
+    if surpassing:
+        plural, verb = ("s", "do") if len(surpassing) > 1 else ("", "does")
+        lines.append(
+            f"the checkpoint{plural} of trial{plural} {format_trial_numbers(surpassing)} {verb} "
+            f"better {where} than that of {best}, which is ranked first"
+        )
+    return lines
 
 
 def describe_split(split: SpreadSplit) -> str:
