@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Scheduler, SearchSpace
 from raysweep.sweep.trial import Trial
@@ -36,6 +37,7 @@ class Rungs:
         ledger = Ledger.create(path / "sweep", SearchSpace.from_data({**data, **changes}))
         for trial in past:
             ledger.save_trial(trial)
+        self.ledger = ledger
         self.asha = AshaScheduler(ledger, epochs)
 
     def stops(
@@ -289,3 +291,49 @@ def test_a_busy_sweep_is_stopped_as_by_a_count_of_better_trials(tmp_path: Path) 
         if expected or epoch == 12:
             del reached[number]
     assert 12 < stopped < 24
+
+
+@pytest.mark.parametrize("margin_factor", [0.0, 1.0])
+def test_an_extended_sweep_compares_the_margins_at_its_new_rungs(
+    margin_factor: float, tmp_path: Path
+) -> None:
+    """Trial 0 ended at epoch 4, which was no rung: with 8 epochs it is one. Its margin, 0.4, counts
+    there as those of new trials do.
+    """
+    from raysweep.sweep.asha import AshaScheduler
+
+    base = {BURN_IN: 0, "epochs": 4}
+    rungs = Rungs(tmp_path, epochs=4, base=base, margin_factor=margin_factor)
+    ledger = rungs.ledger
+    rule = ledger.space.find_selection_rule({})
+    trial = Trial(0, {BURN_IN: 0}).with_rule(rule)
+    for epoch in range(1, 5):
+        row = {"epoch": float(epoch), "robust_worst": 0.5, "robust_margin": 0.4, "clean": 0.9}
+        trial = ledger.with_rung_results(trial.with_epoch(row, rule), 4)
+    ledger.save_trial(replace(trial, state="finished"))
+    ledger.extend_space(ledger.space.with_overrides({"epochs": 8}))
+    # A fifth epoch, after which the driver is killed.
+    (trial,) = ledger.load_trials()
+    ledger.save_trial(trial.with_epoch({**row, "epoch": 5.0, "robust_margin": 0.0}, rule))
+    rungs.asha = AshaScheduler(Ledger.open(ledger.path), 8)
+    assert rungs.stops(1, 4, 0.49, robust_margin=0.39)
+    assert not rungs.stops(2, 4, 0.51, robust_margin=0.41)
+
+
+def test_a_trial_whose_params_are_not_valid_together_is_in_no_rung(tmp_path: Path) -> None:
+    """It has failed; the sweep goes on, and can be extended."""
+    space = {
+        "optim.nesterov": {"categorical": [False, True]},
+        "optim.momentum": {"categorical": [0.9, 0.0]},
+        BURN_IN: {"int": [0, 6]},
+    }
+    params = {"optim.nesterov": True, "optim.momentum": 0.0, BURN_IN: 0}
+    invalid = Trial(0, params, "failed", reason="optim.nesterov needs optim.momentum > 0")
+    rungs = Rungs(tmp_path, invalid, space=space)
+    assert rungs.ledger.space.find_problems() == [], "each value is valid"
+    assert not rungs.stops(1, 2, 0.5) and rungs.stops(2, 2, 0.4)
+    rungs.ledger.extend_space(rungs.ledger.space.with_overrides({"epochs": 30}))
+    rungs.ledger.extend_space(rungs.ledger.space.replace(trials=20))
+    assert rungs.ledger.count_trials_left() == 19
+    with pytest.raises(SpecError, match="^batch_size = 7: the sweep has "):
+        rungs.ledger.extend_space(rungs.ledger.space.with_overrides({"batch_size": 7}))

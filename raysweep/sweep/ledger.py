@@ -174,8 +174,13 @@ class Ledger:
         self._rules.clear()
         self._save_space()
         for trial in self.load_all_runs():
-            if trial.state == "finished" and trial.epoch < self.find_config(trial).epochs:
-                self.save_trial(replace(trial, state="running"))
+            if trial.state != "finished":
+                continue
+            max_epochs = self.find_config(trial).epochs
+            if trial.epoch < max_epochs:
+                # Its last epoch may be a rung now.
+                resumed = self.with_rung_results(replace(trial, state="running"), max_epochs)
+                self.save_trial(resumed)
 
     def is_extended_by(self, new_space: SearchSpace) -> bool:
         """Return whether a search space asks for more than this sweep's own: trials, epochs, values
@@ -595,7 +600,8 @@ class Ledger:
 
         Left out are failed trials, those without an epoch that counts, and those above the masking
         gap. In a sweep with several objectives whose finalists AutoAttack has attacked, the front
-        is that of the finalists, with its results in place of accuracies under other attacks.
+        is that of the finalists, with its results in place of accuracies under other attacks. The
+        front in the one objective of a sweep is its best trial.
 
         Args:
             objectives: Metrics of the trials' best epochs; by default the space's objectives.
@@ -607,6 +613,9 @@ class Ledger:
             ranked = [trial for trial in self.rank_trials() if trial.number in numbers]
             return _find_front(ranked, metrics, Trial.final_value)
         ranked = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
+        if metrics == self.space.objectives and len(metrics) == 1:
+            # The best epochs would name another trial than the scores do.
+            return ranked[:1]
         return _find_front(ranked, metrics, Trial.best_epoch_value)
 
     def best_checkpoint_path(self, trial: Trial) -> StorePath:
