@@ -732,11 +732,11 @@ def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
     message = re.sub("^Input (should be|is not)", r"\1", message).replace("should be", "must be")
     message = message.removesuffix(" or object to extract fields from")
     message = _MIN_ITEMS_MESSAGE.sub(r"must have at least \1", message)
-    return [
-        f"{path} = {shorten_value(value)}: {message}"
-        if path
-        else f"{shorten_value(value)}: {message}"
-    ]
+    if path:
+        return [f"{path} = {shorten_value(value)}: {message}"]
+    # Settings that are not valid together: the message names them, and all others do not matter.
+    is_whole_spec = kind == "value_error" and isinstance(value, Mapping)
+    return [message if is_whole_spec else f"{shorten_value(value)}: {message}"]
 
 
 def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDetails:

@@ -170,7 +170,8 @@ class SweepDisplay:
         head = f"[{elapsed}] {self._name_trial(trial)}"
         reason = self._format_reason(trial)
         if trial.state != "running":
-            return f"{head} {trial.state}{reason}, best {format_accuracies(trial.best)}"
+            best = f", best {format_accuracies(trial.best)}" if trial.best else ""
+            return f"{head} {trial.state}{reason}{best}"
         if reason:
             return f"{head} starts again after epoch {trial.epoch}{reason}"
         accuracies = format_accuracies(trial.latest)

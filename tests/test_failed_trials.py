@@ -210,6 +210,32 @@ class TestEnd:
             "s": status, "0000 s": "FAILED", "0001 s": trial_status, "0002 s": "FINISHED",
         }  # fmt: skip
 
+    def test_mlflow_gets_a_trial_whose_params_are_not_valid_together(
+        self, workdir: Path
+    ) -> None:
+        """Each value is valid, but Nesterov momentum needs momentum: the trial has no config."""
+        from raysweep.sweep.tuner import _make_trainable
+        from raysweep.tracking import SweepTracker, Tracker
+
+        choices = {"optim.nesterov": [False, True], "optim.momentum": [0.9, 0.0]}
+        space = {path: {"categorical": values} for path, values in choices.items()}
+        data = {"method": "at", "trials": 1, "space": space, "scheduler": {"kind": "none"}}
+        ledger = Ledger.create(workdir / "runs" / "s", SearchSpace.from_data(data))
+        params = {"optim.nesterov": True, "optim.momentum": 0.0}
+        reports: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ray.tune.report", reports.append)
+            unused: Any = None
+            train: Any = _make_trainable(ledger, unused, unused)
+            train({"number": 0, "params": params})
+        # A line for users, and no traceback: three of these would end the sweep.
+        assert reports == [{"failed": "optim.nesterov needs optim.momentum > 0"}]
+        ledger.save_trial(Trial(0, params, "failed", reason=reports[0]["failed"]))
+        tracker = SweepTracker(Tracker(f"sqlite:///{workdir / 'mlflow.db'}", workdir / "mlruns"))
+        tracker.on_sweep_start(ledger, 0)
+        tracker.on_sweep_end(ledger)
+        assert list_run_states(workdir) == {"s": "FAILED", "0000 s": "FAILED"}
+
     def test_everybody_who_names_a_best_trial_leaves_a_failed_one_out(
         self, workdir: Path, make_ledger: Callable[..., Ledger]
     ) -> None:

@@ -35,7 +35,7 @@ class AshaScheduler(FIFOScheduler):
         }
         self._recorded_rungs: set[tuple[int, int]] = set()
         for trial in ledger.load_trials():
-            burn_in = self._space.trial_config(trial.params).burn_in
+            burn_in = ledger.find_rule(trial).burn_in
             for epoch, value in trial.curve:
                 rung_value = trial.rung_values.get(str(int(epoch)), value)
                 self._record_rung(int(epoch), trial.number, burn_in, rung_value)

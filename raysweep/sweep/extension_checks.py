@@ -84,8 +84,13 @@ def _find_changed_distributions(old_space: SearchSpace, new_space: SearchSpace) 
 def _find_changed_config(
     old_space: SearchSpace, new_space: SearchSpace, params: Params
 ) -> Iterator[str]:
-    """Yield a line for each setting that would differ in the trial with these params."""
-    old = flatten_spec(old_space.trial_config(params))
+    """Yield a line for each setting that would differ in the trial with these params; none if they
+    were never valid together, so that the trial has failed.
+    """
+    try:
+        old = flatten_spec(old_space.trial_config(params))
+    except SpecError:
+        return
     new = flatten_spec(new_space.trial_config(params))
     if new["epochs"] < old["epochs"]:
         yield (

@@ -63,7 +63,7 @@ from raysweep.termination_signals import is_main_thread
 from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.epoch_progress import EpochProgressWriter, ProgressCallback
-from raysweep.training.failure_reports import describe_bug, failure_report
+from raysweep.training.failure_reports import FAILURE_KEY, describe_bug, failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
@@ -446,6 +446,10 @@ def _make_trainable(
         run = Trial.from_tune_config(trial_config)
         try:
             config = find_run_config(space, run)
+        except SpecError as error:
+            # Each of its params is valid, but not all together.
+            tune.report({FAILURE_KEY: str(error)})
+            return
         except Exception as error:
             # Tune would start the trial again, and its process would seem to have died.
             tune.report(describe_bug(error))

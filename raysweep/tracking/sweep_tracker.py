@@ -4,6 +4,7 @@ The sweep is a parent run and its trials are child runs; each is found again by 
 written by the thread of a `RecordQueue`, so that the driver never waits for MLflow.
 """
 
+import logging
 import shlex
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from raysweep.data import DatasetSplits
 from raysweep.errors import is_interruption
 from raysweep.formatting import format_count
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
+from raysweep.spec import SpecError
 from raysweep.sweep.base_comparison import compare_with_base
 from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
@@ -35,6 +37,8 @@ from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint, read_
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
+
+logger = logging.getLogger(__name__)
 
 # Figures take a second for each trial, and weights the space of the store.
 _N_SHOWN_TRIALS = 3
@@ -348,8 +352,13 @@ class SweepTracker:
         # The number comes first because the UI truncates names.
         name = f"{self._ledger.describe_row(trial)} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
-        config = self._ledger.find_config(trial)
-        self._tracker.log_config(run_id, config, self._dataset)
+        try:
+            config = self._ledger.find_config(trial)
+        except SpecError:
+            # Its params are not valid together, so that it has failed.
+            logger.debug("%s has no config", trial.title)
+        else:
+            self._tracker.log_config(run_id, config, self._dataset)
         self._tracker.set_tags(run_id, {"searched": self._summarize_params(trial)})
         if trial.epoch:
             self._log_missing_epochs(run_id, trial)
