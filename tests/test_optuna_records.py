@@ -156,3 +156,72 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
     assert export._records.flush()
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3, 1]
+
+
+def load_exported(export: OptunaExporter, name: str) -> list[optuna.trial.FrozenTrial]:
+    assert export._records.flush(), "all records are written"
+    return optuna.load_study(study_name=name, storage=export._storage).get_trials()
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/optuna.db", "{}/journal.log"])
+@pytest.mark.parametrize("sweep", ["one", "g1-copy-2", "a-copy-b"])
+def test_a_study_with_notes_stays_while_it_is_equal_to_the_sweep(
+    tmp_path: Path, storage: str, sweep: str
+) -> None:
+    """Settings of a file may be 1 where Optuna has 1.0. A sweep may be called like a copy."""
+    searched = {"optim.lr": {"float": [0.01, 1]}, "optim.momentum": {"categorical": [0.9, 0.0]}}
+    ledger = Ledger.create(
+        tmp_path / sweep, space(method="at", base={"epochs": 3}, space=searched)
+    )
+    params = {"optim.lr": 1, "optim.momentum": 0}
+    ledger.save_trial(build_trial(0, params=params, burn_in=0))
+    url, name = storage.format(tmp_path), f"{sweep}-{ledger.key[:8]}"
+    export = OptunaExporter(url)
+    export.on_sweep_start(ledger, 1)
+    load_exported(export, name)
+    optuna.load_study(study_name=name, storage=export._storage).set_user_attr("note", "mine")
+    for _ in range(2):
+        export = OptunaExporter(url)
+        export.on_sweep_start(ledger, 1)
+        (trial,) = load_exported(export, name)
+        assert repr(trial.params) == "{'optim.lr': 1.0, 'optim.momentum': 0.0}"
+        assert optuna.get_all_study_names(export._storage) == [name]
+    # It changes: the study with the note stays, and another one is equal to the sweep.
+    params = {"optim.lr": 0.5, "optim.momentum": 0.9}
+    ledger.save_trial(build_trial(1, params=params, burn_in=0))
+    for _ in range(2):
+        export = OptunaExporter(url)
+        export.on_sweep_start(ledger, 1)
+        assert len(load_exported(export, name)) == 1
+        assert len(load_exported(export, f"{name}-copy-2")) == 2
+        assert optuna.get_all_study_names(export._storage) == [name, f"{name}-copy-2"]
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/optuna.db", "{}/journal.log"])
+def test_a_study_follows_a_sweep_with_more_choices_and_more_epochs(
+    tmp_path: Path, storage: str
+) -> None:
+    """A database refuses trials whose choices differ from those of the others."""
+    url, searched = storage.format(tmp_path), {"batch_size": {"categorical": [64, 128]}}
+    ledger = Ledger.create(tmp_path / "s", space(method="at", base={"epochs": 3}, space=searched))
+    name = f"s-{ledger.key[:8]}"
+    ledger.save_trial(build_trial(0, params={"batch_size": 64}, burn_in=0))
+    export = OptunaExporter(url)
+    export.on_sweep_start(ledger, 1)
+    load_exported(export, name)
+    choices = ledger.space.space["batch_size"].replace(categorical=(64, 128, 256))
+    ledger.extend_space(ledger.space.replace(space={"batch_size": choices}))
+    export = OptunaExporter(url)
+    export.on_sweep_start(ledger, 1)
+    new = build_trial(1, params={"batch_size": 256}, burn_in=0)
+    ledger.save_trial(new)
+    export.on_trial_update(new, None)
+    exported = load_exported(export, name)
+    assert [trial.params for trial in exported] == [{"batch_size": 64}, {"batch_size": 256}]
+    both = CategoricalDistribution([64, 128, 256])
+    assert [trial.distributions["batch_size"] for trial in exported] == [both, both]
+    # Another call, without --optuna, trained a fourth epoch, which was not better.
+    ledger.save_trial(build_trial(1, params={"batch_size": 256}, curve=[*CURVE, [4, 0.25]]))
+    export.on_sweep_start(ledger, 1)
+    exported = load_exported(export, name)
+    assert [len(trial.intermediate_values) for trial in exported] == [3, 4]

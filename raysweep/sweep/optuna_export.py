@@ -25,12 +25,11 @@ logger = logging.getLogger(__name__)
 JOURNAL_SUFFIXES = (".log", ".journal")
 """Suffixes of the paths that `--optuna` treats as journal files."""
 
-# Between the name of a study and the number of its copies.
-_COPY_SEPARATOR = "-copy-"
 # Longest first line of a journal that is read: the name of a study is in it.
 _MAX_JOURNAL_LINE = 100_000
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
+_TrialIdentity = tuple[int, str, str, str, str, str]
 
 
 class OptunaExporter:
@@ -52,7 +51,7 @@ class OptunaExporter:
         full_url = fill_in_passwords(storage_url, "--optuna")
         self._records = RecordQueue("--optuna", storage_url)
         # Identities of the trials that the study has.
-        self._exported: set[tuple[int, str, str, str]] = set()
+        self._exported: set[_TrialIdentity] = set()
         is_journal = "://" not in full_url and Path(full_url).suffix.lower() in JOURNAL_SUFFIXES
         try:
             self._storage = _open_journal(full_url) if is_journal else _open_database(full_url)
@@ -68,7 +67,8 @@ class OptunaExporter:
         """Open the sweep's study, and rebuild it if it differs from the ledger."""
         self._ledger = ledger
         self._space = ledger.space
-        self._study_name = f"{ledger.name}-{ledger.key[:8]}"
+        self._study_name = self._first_study_name = f"{ledger.name}-{ledger.key[:8]}"
+        self._n_studies = 1
         self._records.write(lambda: self._open_and_rebuild_study(ledger))
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
@@ -146,9 +146,9 @@ class OptunaExporter:
 
     def _leave_annotated_study(self) -> None:
         """Continue in another study, so that a person's notes on this one are kept."""
-        name, _, number = self._study_name.partition(_COPY_SEPARATOR)
         former_name = self._study_name
-        self._study_name = f"{name}{_COPY_SEPARATOR}{int(number or 1) + 1}"
+        self._n_studies += 1
+        self._study_name = f"{self._first_study_name}-copy-{self._n_studies}"
         logger.info(
             "the Optuna study %s has notes and differs from the sweep: it stays as it is, and %s "
             "holds the sweep's trials",
@@ -214,11 +214,18 @@ def _translate_errors() -> Iterator[None]:
         raise RecordStoreUnavailable(f"--optuna: {reason}") from error
 
 
-def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str, str]:
-    """Return what makes two exported trials equal: number, state, values and params."""
+def _trial_identity(frozen_trial: FrozenTrial) -> _TrialIdentity:
+    """Return what makes two exported trials equal: number, state, values, epochs, params and their
+    distributions.
+
+    A database accepts no trial whose choices differ from those of its other trials, as they do when
+    a sweep gets more choices.
+    """
     return (
         frozen_trial.user_attrs.get(TRIAL_NUMBER_ATTRIBUTE, -1),
         frozen_trial.state.name,
         str(frozen_trial.values),
-        str(frozen_trial.params),
+        str(sorted(frozen_trial.intermediate_values.items())),
+        str(sorted(frozen_trial.params.items())),
+        str(sorted((path, repr(kind)) for path, kind in frozen_trial.distributions.items())),
     )

@@ -184,6 +184,17 @@ class Distribution(Spec):
         assert self.int is not None
         return IntDistribution(*self.int, log=self.log, step=int(self.step or 1))
 
+    def to_optuna_value(self, value: Any) -> ParamValue:
+        """Return a value of the setting as Optuna's storages return it: a file may have 1 for 1.0.
+
+        Args:
+            value: Value of the setting, one that `can_propose` accepts.
+        """
+        if self.categorical is not None:
+            value = next((choice for choice in self.categorical if choice == value), value)
+            return _to_param_value(value)
+        return float(value) if self.float is not None else int(value)
+
     def choose_middle(self) -> Any:
         """Return the value in the middle of the range (of its logarithms), or the first choice."""
         if self.categorical is not None:
@@ -531,7 +542,9 @@ class SearchSpace(Spec):
                 for path, distribution in self.space.items()
             }
         return {
-            path: _to_param_value(value) for path, value in params.items() if path in self.space
+            path: self.space[path].to_optuna_value(value)
+            for path, value in params.items()
+            if path in self.space
         }
 
     def trial_config(self, params: Mapping[str, Any]) -> TrainingConfig:
