@@ -452,7 +452,8 @@ def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
 
     Returns:
         Up to two lines: the trial that PGD alone would have chosen, and how much lower its
-        `robust_worst` is than the best; the trials with a masking gap above the space's limit.
+        `robust_worst` is than that of the first trial; the trials with a masking gap above the
+        space's limit.
     """
     measured_trials = []
     for trial in ledger.rank_trials():
@@ -460,15 +461,16 @@ def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
         if has_both and trial.state != "failed":
             measured_trials.append(trial)
     masking_trials = [trial for trial in measured_trials if ledger.exceeds_masking_gap(trial)]
-    scores = [
-        trial.best_epoch_value("robust_worst")
-        for trial in measured_trials
-        if ledger.rank_trial(trial).is_eligible
-    ]
+    ranks = {trial.number: ledger.rank_trial(trial) for trial in measured_trials}
+    chosen = next((trial for trial in measured_trials if ranks[trial.number].is_eligible), None)
     lines = []
-    if scores:
-        best_by_pgd = max(measured_trials, key=lambda trial: trial.best_epoch_value("pgd"))
-        cost = max(scores) - best_by_pgd.best_epoch_value("robust_worst")
+    if chosen is not None:
+        sound_trials = [t for t in measured_trials if not ranks[t.number].has_ineligible_best]
+        best_by_pgd = max(sound_trials, key=lambda trial: trial.best_epoch_value("pgd"))
+        # Another trial than the chosen one may have the best single epoch.
+        cost = chosen.best_epoch_value("robust_worst") - best_by_pgd.best_epoch_value(
+            "robust_worst"
+        )
         if cost > 0:
             lines.append(
                 f"PGD would have chosen trial {best_by_pgd.number:04d}, "

@@ -210,9 +210,7 @@ class TestEnd:
             "s": status, "0000 s": "FAILED", "0001 s": trial_status, "0002 s": "FINISHED",
         }  # fmt: skip
 
-    def test_mlflow_gets_a_trial_whose_params_are_not_valid_together(
-        self, workdir: Path
-    ) -> None:
+    def test_mlflow_gets_a_trial_whose_params_are_not_valid_together(self, workdir: Path) -> None:
         """Each value is valid, but Nesterov momentum needs momentum: the trial has no config."""
         from raysweep.sweep.tuner import _make_trainable
         from raysweep.tracking import SweepTracker, Tracker

@@ -170,9 +170,7 @@ def test_a_study_with_notes_stays_while_it_is_equal_to_the_sweep(
 ) -> None:
     """Settings of a file may be 1 where Optuna has 1.0. A sweep may be called like a copy."""
     searched = {"optim.lr": {"float": [0.01, 1]}, "optim.momentum": {"categorical": [0.9, 0.0]}}
-    ledger = Ledger.create(
-        tmp_path / sweep, space(method="at", base={"epochs": 3}, space=searched)
-    )
+    ledger = Ledger.create(tmp_path / sweep, space(method="at", base={"epochs": 3}, space=searched))
     params = {"optim.lr": 1, "optim.momentum": 0}
     ledger.save_trial(build_trial(0, params=params, burn_in=0))
     url, name = storage.format(tmp_path), f"{sweep}-{ledger.key[:8]}"

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from pipeline_builders import build_candidate
 
+from raysweep.cli import main
 from raysweep.pipeline.artifact import Candidate, rank_candidates
 from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.stage_sweep import drop_data_location
+from raysweep.result_loading import Sweep, describe_masking_effect_on_ranking, sweep_to_json
 from raysweep.spec import SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
@@ -242,3 +244,40 @@ def test_the_pareto_set_of_one_metric_is_the_best_on_one_scale() -> None:
     first = make_scored("s", 0, 0.6, autoattack=0.56, average=0.54, score_epochs=3)
     second = make_scored("t", 0, 0.6, autoattack=0.55, average=0.56, score_epochs=3)
     assert stage.select_candidates((first, second)) == [second]
+
+
+def test_whoever_names_the_best_trial_names_that_with_the_best_score(tmp_path: Path) -> None:
+    """Trial 0 has the best epoch, 0.9, trial 1 the best mean, and PGD alone prefers trial 1, too."""
+    space = build_space(score_epochs=3)
+    ledger = Ledger.create(tmp_path / "s", space)
+    rule = space.find_selection_rule({})
+    for number, values in enumerate(([0.3, 0.9, 0.3, 0.3], [0.6, 0.65, 0.6, 0.5])):
+        trial = train(number, values, rule)
+        pgd = {"pgd": 0.95 + number / 100, "masking_gap": 0.05}
+        ledger.save_trial(replace(trial, best={**trial.best, **pgd}))
+    content = sweep_to_json(ledger)
+    assert content["front"] == [1] == [content["trials"][0]["number"]]
+    best = ledger.find_best_trial()
+    assert best is not None and best.number == 1
+    assert Sweep(ledger).best == ledger.best_checkpoint_path(best)
+    assert describe_masking_effect_on_ranking(ledger) == [], "PGD chooses the same trial"
+    assert [trial.number for trial in ledger.unmasked_pareto_front(["robust_worst", "pgd"])] == [
+        1,
+        0,
+    ], "a front of epochs"
+
+
+def test_show_names_the_mean_over_the_seeds_of_a_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = build_space(score_epochs=2, repeat=2, trials=2)
+    ledger = Ledger.create(tmp_path / "runs" / "s", space)
+    rule = space.find_selection_rule({})
+    for number in range(2):
+        trial = train(number, [0.2, 0.6, 0.4 + number / 10], rule)
+        ledger.save_trial(trial)
+        repeat = replace(trial, params={**trial.params, "seed": 1}, kind="repeat")
+        ledger.save_trial(repeat)
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "s/0001"]) == 0
+    assert "mean over 2 seeds\n  score = 0.5500 (0.5500, 0.5500)\n" in capsys.readouterr().out
