@@ -335,5 +335,5 @@ def test_a_trial_whose_params_are_not_valid_together_is_in_no_rung(tmp_path: Pat
     rungs.ledger.extend_space(rungs.ledger.space.with_overrides({"epochs": 30}))
     rungs.ledger.extend_space(rungs.ledger.space.replace(trials=20))
     assert rungs.ledger.count_trials_left() == 19
-    with pytest.raises(SpecError, match="^batch_size = 7: the sweep has "):
+    with pytest.raises(SpecError, match=r"^batch_size = 7: the sweep has "):
         rungs.ledger.extend_space(rungs.ledger.space.with_overrides({"batch_size": 7}))

@@ -247,7 +247,7 @@ def test_the_pareto_set_of_one_metric_is_the_best_on_one_scale() -> None:
 
 
 def test_whoever_names_the_best_trial_names_that_with_the_best_score(tmp_path: Path) -> None:
-    """Trial 0 has the best epoch, 0.9, trial 1 the best mean, and PGD alone prefers trial 1, too."""
+    """Trial 0 has the best epoch, 0.9, trial 1 the best mean, as PGD alone has it."""
     space = build_space(score_epochs=3)
     ledger = Ledger.create(tmp_path / "s", space)
     rule = space.find_selection_rule({})
