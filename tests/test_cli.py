@@ -588,6 +588,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
         (["--out", "what?x=1"], "cannot lie in a path with '?'"),
         (["--optuna", "nonsense"], "--optuna nonsense: "),
         (["--set", "data.name=svhn"], "data.data_dir is missing"),
+        (["--warm-start", "nowhere"], "--warm-start nowhere: there is no sweep of this name"),
     ],
 )
 def test_a_mistake_is_found_before_ray_starts(
@@ -600,6 +601,24 @@ def test_a_mistake_is_found_before_ray_starts(
     )
     assert main(["tune", "lrat", *options]) == 2
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.needs_ray
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--set", "data.name=svhn"],
+        ["--set", "data.name=arrays", "--data-dir", "nowhere"],
+        ["--warm-start", "nowhere"],
+        ["--resume", "nowhere"],
+        ["--plan", "--set", "data.name=svhn"],
+    ],
+)
+def test_a_refused_sweep_makes_neither_its_folder_nor_an_optuna_storage(
+    options: list[str], workdir: Path
+) -> None:
+    assert main(["tune", "lrat", "--out", "new", "--optuna", "sqlite:///optuna.db", *options]) == 2
+    assert not list(workdir.iterdir())
 
 
 @pytest.mark.needs_ray

@@ -1,6 +1,7 @@
 """Which epoch of a run is its best, and which trial of a sweep: by hand, and in real training."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,17 @@ def test_the_margin_breaks_ties_of_the_objective_and_nothing_else() -> None:
     assert find_best_epoch(gairat(0), history) == 2, "an epoch of an earlier version"
 
 
-def test_the_margin_ranks_trials_with_the_same_objective(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_the_margin_ranks_trials_with_the_same_objective(
+    tmp_path: Path, missing: float | None
+) -> None:
     ledger = Ledger.create(tmp_path, load_space("at", {}))
-    for number, (worst, margin) in enumerate([(0.5, 0.2), (0.5, 0.3), (0.6, 0.1), (0.5, None)]):
+    values = [(0.5, missing), (0.5, 0.2), (0.5, missing), (0.5, 0.3), (0.6, 0.1)]
+    for number, (worst, margin) in enumerate(values):
         metrics = {"epoch": 2.0, "clean": 0.9, "robust_worst": worst}
         metrics |= {} if margin is None else {"robust_margin": margin}
         ledger.save_trial(Trial(number, {}, "finished", 2, metrics, metrics, burn_in=0))
-    assert [trial.number for trial in ledger.rank_trials()] == [2, 1, 0, 3]
+    assert [trial.number for trial in ledger.rank_trials()] == [4, 3, 1, 0, 2]
 
 
 def test_a_model_at_chance_is_never_the_best_while_there_is_another() -> None:

@@ -407,3 +407,17 @@ def test_only_dlr_losses_over_fewer_than_four_classes_are_replaced() -> None:
         validation._replace_unsupported_dlr(plain, 3) == plain
         and validation._replace_unsupported_dlr(pgd, 3) == pgd
     )
+
+
+def test_an_image_on_the_boundary_keeps_no_margin() -> None:
+    """All logits are equal, as of a network whose activations have died: class 0 wins the tie, and
+    its margin, 0, is no share of 0.
+    """
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x.flatten(1)[:, :1].expand(-1, 3)
+
+    metrics = JUDGE(Constant().eval(), split())
+    assert metrics["clean"] == metrics["robust_worst"] == 0.5, "the labels that are 0"
+    assert metrics["robust_margin"] == 0

@@ -237,7 +237,9 @@ def test_the_sampler_learns_from_earlier_results(tmp_path: Path, fingerprint: st
 def test_a_resumed_sweep_with_another_space_file_keeps_what_it_has(
     tmp_path: Path, fingerprint: str
 ) -> None:
-    """The file has a wider range and a starting point of its own, and sets no finalists."""
+    """The file has a wider range and a starting point of its own, and sets no finalists, except
+    for another data set.
+    """
     settings = {"finalists": 1, "until": "told-apart", "repeat": 2, "prefix_gib": 3.0}
     scores = {-1.0: 0.5, 2.0: 0.75, -3.0: 0.7}
     earlier = give_checkpoint(write_sweep(tmp_path / "earlier", scores), tmp_path)
@@ -250,6 +252,8 @@ def test_a_resumed_sweep_with_another_space_file_keeps_what_it_has(
     own_point = {LAM: 3.5, BURN_IN: 1}
     changed = {**SPACE, "points_to_evaluate": [own_point], "until": None}
     changed["space"] = {LAM: {"float": [-2.0, 4.0]}, BURN_IN: {"int": [1, 6]}}
+    others = {"finalists": 5, "prefix_gib": 9.0, "score_epochs": 2, "margin_factor": 1.0}
+    changed["for"] = {"cifar10": others}
     file = tmp_path / "wider.yaml"
     file.write_text(yaml.safe_dump(changed))
     arguments = ["tune", "--resume", "new", "--space", str(file), "--set", "repeat=3"]

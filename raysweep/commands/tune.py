@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,11 +330,7 @@ def run_tune_request(request: TuneRequest) -> EndedSweep:
 @contextmanager
 def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     """Check everything that the sweep needs, before it starts; its cluster starts meanwhile."""
-    from raysweep.commands.common import (
-        check_plain_name,
-        make_writable_folder,
-        resolve_runs_folder,
-    )
+    from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.data import DataSpec
     from raysweep.sweep.cluster_start import prepare_cluster
     from raysweep.sweep.ledger import Ledger, check_folder_is_free
@@ -348,12 +344,9 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     space = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
-    export_listeners: list[SweepListener] = []
-    if not request.plan_only:
-        if resumed_ledger is None:
-            check_folder_is_free(sweep_folder)
-        make_writable_folder(request.out)
-        export_listeners = _make_export_listeners(request)
+    if not request.plan_only and resumed_ledger is None:
+        check_folder_is_free(sweep_folder)
+    earlier_ledgers = _find_warm_start_ledgers(request, runs_folder)
     is_finished = (
         resumed_ledger is not None
         and resumed_ledger.space == space
@@ -364,19 +357,21 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
     needs_no_folder = data_spec.name == DataSpec().name
     dataset = None
     if data_spec.data_dir is None and not needs_no_folder:
-        # This raises SpecError if the folder is missing, before Ray starts.
+        # This raises SpecError if the folder is missing, before anything is made or started.
         dataset = _load_dataset(request, space, resumed_ledger)
+    may_lack_data = dataset is None and not needs_no_folder
+    export_listeners = [] if may_lack_data else _make_outputs(request)
     needs_workers = not request.plan_only and not is_finished
     # Ray takes seconds to start, in which this process imports libraries and reads the data.
     with prepare_cluster(request.address) if needs_workers else nullcontext() as cluster_start:
-        if cluster_start is not None and needs_no_folder:
-            # Loading this data set cannot fail, so the cluster may start before it.
+        if may_lack_data:
+            dataset = _load_dataset(request, space, resumed_ledger)
+            export_listeners = _make_outputs(request)
+        if cluster_start is not None:
             cluster_start.begin()
         if dataset is None:
             dataset = _load_dataset(request, space, resumed_ledger)
-        if cluster_start is not None:
-            cluster_start.begin()
-        warm_start = _collect_warm_start(request, space, dataset, runs_folder)
+        warm_start = _collect_warm_start(space, dataset, earlier_ledgers)
         if warm_start is not None:
             space = warm_start.add_points(space)
         yield _PreparedSweep(
@@ -392,26 +387,32 @@ def _prepare_sweep(request: TuneRequest) -> Iterator[_PreparedSweep]:
         )
 
 
-def _collect_warm_start(
-    request: TuneRequest, space: SearchSpace, dataset: DatasetSplits, runs_folder: StorePath
-) -> WarmStart | None:
-    """Collect results of the sweeps of --warm-start, and print how many; None without the option.
-
-    Raises SpecError for a name that is no sweep, or a sweep without a usable result.
-    """
+def _find_warm_start_ledgers(request: TuneRequest, runs_folder: StorePath) -> list[Ledger]:
+    """Return the sweeps of --warm-start. Raises SpecError for a name that is no sweep."""
     from raysweep.run_lookup import find_run
     from raysweep.spec import SpecError
-    from raysweep.sweep.warm_start import collect_warm_start
 
-    if not request.warm_start:
-        return None
     ledgers = []
     for name in request.warm_start:
         run = find_run(name, runs_folder)
         if run is None or run.ledger is None or run.run_kind is not None:
             raise SpecError(f"--warm-start {name}: there is no sweep of this name in {runs_folder}")
         ledgers.append(run.ledger)
-    warm_start = collect_warm_start(space, dataset.fingerprint, ledgers)
+    return ledgers
+
+
+def _collect_warm_start(
+    space: SearchSpace, dataset: DatasetSplits, earlier_ledgers: Sequence[Ledger]
+) -> WarmStart | None:
+    """Collect results of the sweeps of --warm-start, and print how many; None without any.
+
+    Raises SpecError for a sweep without a usable result.
+    """
+    from raysweep.sweep.warm_start import collect_warm_start
+
+    if not earlier_ledgers:
+        return None
+    warm_start = collect_warm_start(space, dataset.fingerprint, earlier_ledgers)
     print(warm_start.describe(), file=sys.stderr)
     return warm_start
 
@@ -547,8 +548,15 @@ def _describe_start_of_ray(address: str | None) -> str:
     return f"joining the Ray cluster at {address} ..."
 
 
-def _make_export_listeners(request: TuneRequest) -> list[SweepListener]:
-    """Return the listener that writes trials to an Optuna storage, if one was asked for."""
+def _make_outputs(request: TuneRequest) -> list[SweepListener]:
+    """Create the folder of --out, and return the listener that writes trials to an Optuna storage,
+    if one was asked for; nothing is made for a plan.
+    """
+    from raysweep.commands.common import make_writable_folder
+
+    if request.plan_only:
+        return []
+    make_writable_folder(request.out)
     if request.optuna_url is None:
         return []
     from raysweep.sweep.optuna_export import OptunaExporter
@@ -675,20 +683,19 @@ def _list_kept_settings(space: SearchSpace, request: TuneRequest) -> dict[str, A
     from raysweep.sweep.extension_checks import KEPT_SWEEP_SETTINGS
 
     assert request.space_file is not None
-    own_keys = {key for section in _read_sections(request.space_file) for key in section}
+    own_settings = _read_own_settings(space, request.space_file)
     return {
         name: getattr(space, name)
         for name in KEPT_SWEEP_SETTINGS
-        if name not in own_keys and name not in request.overrides
+        if name not in own_settings and name not in request.overrides
     }
 
 
-def _read_sections(space_file: Path) -> list[dict[str, Any]]:
-    """Return the content of a space file, and its sections for data sets."""
-    from raysweep.yaml_files import read_yaml
+def _read_own_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]:
+    """Return the content of a space file, with its section for the data set of a resumed sweep."""
+    from raysweep.sweep.search_space import read_space_settings
 
-    content = read_yaml(space_file)
-    return [section or {} for section in (content, *(content.get("for") or {}).values())]
+    return read_space_settings(space_file, space.base)
 
 
 def _list_fixed_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]:
@@ -697,9 +704,7 @@ def _list_fixed_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]
     A path with `*` in the base of a file gives way to the searched paths of the file; one of
     `--set` does not.
     """
-    own_paths = {
-        path for section in _read_sections(space_file) for path in section.get("base") or {}
-    }
+    own_paths = set(_read_own_settings(space, space_file).get("base") or {})
     return {
         path: value for path, value in space.base.items() if not ("*" in path and path in own_paths)
     }

@@ -1045,6 +1045,22 @@ def load_space(
     return space
 
 
+def read_space_settings(space_path: Path, overrides: Mapping[str, Any]) -> JsonDict:
+    """Read what a file of a search space itself sets, with its section for a data set.
+
+    Args:
+        space_path: The YAML file.
+        overrides: Values by dotted path, which may name another data set than the file's.
+
+    Returns:
+        Its content; sections for other data sets are left out.
+
+    Raises:
+        SpecError: If the file is malformed.
+    """
+    return _merge_dataset_section(dict(read_yaml(space_path)), overrides, str(space_path))
+
+
 def _build_space(content: SettingsFile, overrides: Mapping[str, Any]) -> SearchSpace:
     """Validate the content of a file, with its section for the data set of the overrides."""
     data = _merge_dataset_section(dict(content), overrides, str(content.path))

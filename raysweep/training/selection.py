@@ -134,9 +134,10 @@ def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
 
     Returns:
         The value; larger is better. Minus infinity if the objective has no such metric, or an
-        earlier version trained the epoch.
+        earlier version trained the epoch, which has none or nan.
     """
-    return metrics.get(TIE_BREAK_METRICS.get(objective, ""), -math.inf)
+    value = metrics.get(TIE_BREAK_METRICS.get(objective, ""), -math.inf)
+    return -math.inf if math.isnan(value) else value
 
 
 def add_margin(value: float, metrics: EpochMetrics, rule: SelectionRule) -> float:

@@ -382,7 +382,9 @@ class Validation(Spec):
             if has_own_metric:
                 masks[name] = survives
         kept_share = (margin / clean_margin).clamp(0, 1)
-        robust_margin = torch.where(survives_all, kept_share, torch.zeros_like(kept_share))
+        # A tie between two classes is no margin: 0 / 0.
+        has_margin = survives_all & (clean_margin > 0)
+        robust_margin = torch.where(has_margin, kept_share, torch.zeros_like(kept_share))
         return {**masks, "robust_worst": survives_all, "robust_margin": robust_margin}
 
 
