@@ -190,7 +190,8 @@ class Sweep:
               sweep has such scores, else of the objective; and `seeds`, their number; absent if no
               trial was repeated.
             * `autoattack`: accuracy under AutoAttack on the validation images, of the trials that
-              it attacked at the end of the sweep; absent if it attacked none.
+              it attacked at the end of the sweep; and `corrected_score`, their scores lowered by
+              as much as AutoAttack lowers the objective; absent if it attacked none.
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
               it on the same validation images, else ""; absent if trials cannot be compared.
             * `score`: the best mean of its objective over `SearchSpace.score_epochs` consecutive
@@ -219,7 +220,7 @@ class Sweep:
         if not any(trial.repeats for trial in trials):
             table = table.drop(columns=["mean", "seeds"], errors="ignore")
         if all(trial.robust_under_autoattack is None for trial in trials):
-            table = table.drop(columns="autoattack", errors="ignore")
+            table = table.drop(columns=["autoattack", "corrected_score"], errors="ignore")
         return table
 
     @property
@@ -323,7 +324,7 @@ class Sweep:
         """Return a row of `trials`."""
         paths = list(self.ledger.space.space)
         labels, objective = param_labels(paths), self.ledger.space.objectives[0]
-        has_score = self.ledger.space.score_name == "score"
+        has_score = self.ledger.space.has_score
         return {
             "state": trial.describe_state(is_interrupted),
             **{labels[path]: trial.params.get(path) for path in paths},
@@ -333,6 +334,7 @@ class Sweep:
             "mean": trial.score(objective) if trial.repeats else None,
             "seeds": len(trial.trainings),
             "autoattack": trial.robust_under_autoattack,
+            "corrected_score": trial.find_corrected_score(objective),
             **({} if spread is None else {"like_best": spread.describe_mark(trial)}),
             "choice": self.ledger.describe_choice(trial),
             "epochs": trial.epoch,
@@ -568,6 +570,7 @@ def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDic
     Returns:
         The content of its trial.json, with `state` as from `Trial.describe_state`; `seeds`, on how
         many of them its rank is based; `score`, by which it is ranked before AutoAttack;
+        `corrected_score`, the score lowered by AutoAttack, by which finalists are ranked, or None;
         `checkpoint`, the location of its best checkpoint; `masks`, whether it exceeds the masking
         gap; and `choice`, what is wrong with its best epoch, or "". `score` and `checkpoint` are
         None before the first value of the objective.
@@ -578,6 +581,7 @@ def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDic
         "state": trial.describe_state(is_interrupted),
         "seeds": len(trial.trainings),
         "score": trial.score(objective) if objective in trial.best else None,
+        "corrected_score": trial.find_corrected_score(objective),
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
         "choice": ledger.describe_choice(trial),

@@ -5,7 +5,7 @@ On a terminal and in a notebook the progress is a live display; in a pipe it is 
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -44,8 +44,9 @@ _MAX_ROWS = 20
 # Lines of a live display besides the rows of its table: the header and the lines below.
 _OTHER_LINES = 9
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
-# Where all columns are too wide.
-_MAIN_METRIC_COLUMNS = ("clean", "robust_worst", "masking_gap")
+# Titles of the columns that are left out first where all are too wide, and one after the other.
+_SINGLE_ATTACK_TITLES = ("pgd", "cw")
+_LESS_IMPORTANT_TITLES = ("before weights act", "masking gap", "clean")
 # Width of tables in a pipe, in characters; rich's default of 80 would break their lines.
 _PIPE_WIDTH = 1000
 # Narrowest columns, in characters: of a metric, 0.123, and of a state, which wraps.
@@ -239,12 +240,9 @@ class SweepDisplay:
         scored = [trial for trial in trials if objective in trial.best and trial.state != "failed"]
         if scored:
             best = min(scored, key=self._ledger.rank_trial)
-            epoch = f"in epoch {int(best.best['epoch'])}"
-            if space.score_name == "score":
-                epoch = f"over {format_count(space.score_epochs or 1, 'epoch')}"
             lines += [
                 f"best so far: {best.title}, {space.score_name.replace('_', ' ')} "
-                f"{best.score(objective):.3f} {epoch}",
+                f"{best.score(objective):.3f} {space.describe_score_epochs(best.best['epoch'])}",
                 f"  {format_params(best, param_labels(list(space.space)))}",
             ]
         counts = count_epochs([*trials, *base_runs, *repeats])
@@ -292,17 +290,20 @@ def training_progress_bar(
 class TrialTable:
     """Table with one row for each trial: settings, state, epoch and accuracies.
 
-    Base runs and repeats have rows, too. `score` is the best mean of the objective over consecutive
-    epochs, in sweeps that rank by it.
+    Base runs and repeats have rows, too. `score` or `score with margin` is what the sweep ranks by
+    before AutoAttack, if that is not the objective of the best epoch.
 
     Accuracies are those of the best epoch, `best@3 of 4`: the third of four that have ended. A
     trial without a value of the objective has its last epoch, `4`. If trials have burn-ins,
     `before weights act` is what the objective reached there: adversarial training. `mean (seeds)`
     is the mean score of the trials that were repeated, and the number of their seeds. `AA` is
-    the accuracy under AutoAttack of the trials that it attacked at the end of the sweep. `like
-    best` marks the trials that cannot be told apart from the best one. Where the table is too wide,
-    the searched settings stand below it; a live table leaves them out. Where it is still too wide,
-    the accuracies under single attacks are left out.
+    the accuracy under AutoAttack of the trials that it attacked at the end of the sweep,
+    `corrected` their scores, lowered by as much as AutoAttack lowers the objective: these rank the
+    finalists. `like best` marks the trials that cannot be told apart from the best one.
+
+    Where the table is too wide, the searched settings stand below it; a live table leaves them out.
+    Where it is still too wide, the accuracies under single attacks are left out, and then, one
+    after the other, the columns that say least about the ranking.
     """
 
     def __init__(
@@ -336,18 +337,19 @@ class TrialTable:
         self._has_finalists = any(trial.robust_under_autoattack is not None for trial in trials)
         self._has_repeats = any(trial.repeats for trial in trials)
         self._has_score = any(trial.averages for trial in trials)
+        self._has_corrected = self._has_score and any(
+            trial.find_corrected_score(self._objective) is not None for trial in trials
+        )
         self._labels = param_labels(list(ledger.space.space))
         self._spread = spread
         self.caption = caption
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the table out for the width of the console."""
-        table = self._build_table(list(self._labels), _METRIC_COLUMNS)
+        table = self._build_table(list(self._labels))
         is_narrow = not self._fits(table, console, options)
         if is_narrow:
-            table = self._build_table([], _METRIC_COLUMNS)
-            if not self._fits(table, console, options):
-                table = self._build_table([], _MAIN_METRIC_COLUMNS)
+            table = self._build_narrow_table(console, options)
         yield table
         if is_narrow and not self._is_live:
             yield ""
@@ -358,39 +360,75 @@ class TrialTable:
         if self.caption:
             yield Text(show_characters(self.caption, line_breaks=True), style="italic")
 
-    def _fits(self, table: Table, console: Console, options: ConsoleOptions) -> bool:
+    def _fits(
+        self,
+        table: Table,
+        console: Console,
+        options: ConsoleOptions,
+        is_state_wrapped: bool = False,
+    ) -> bool:
         """Return whether the console is wide enough for a table."""
-        unlimited = options.update(width=_PIPE_WIDTH)
-        return console.measure(table, options=unlimited).maximum <= options.max_width
+        size = console.measure(table, options=options.update(width=_PIPE_WIDTH))
+        return (size.minimum if is_state_wrapped else size.maximum) <= options.max_width
 
-    def _build_table(self, paths: list[str], metrics: Sequence[str]) -> Table:
-        """Build the table with the columns of some searched settings and metrics."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("trial", no_wrap=True)
+    def _build_narrow_table(self, console: Console, options: ConsoleOptions) -> Table:
+        """Build the table without settings, and without as many columns as are too wide."""
+        omitted: list[str] = []
+        for titles in ((), _SINGLE_ATTACK_TITLES):
+            omitted += titles
+            table = self._build_table([], omitted)
+            if self._fits(table, console, options):
+                return table
+        # Beside a mean over seeds, the score of the first seed matters less.
+        score = [self._ledger.space.score_name] if self._has_repeats else []
+        optional = [*_LESS_IMPORTANT_TITLES, *score, "robust worst", "like best"]
+        table = self._build_table([], omitted, has_narrow_titles=True)
+        while optional and not self._fits(table, console, options, is_state_wrapped=True):
+            if table.collapse_padding:
+                omitted.append(optional.pop(0))
+            table = self._build_table([], omitted, has_narrow_titles=True, has_narrow_gaps=True)
+        return table
+
+    def _build_table(
+        self,
+        paths: list[str],
+        omitted: Collection[str] = (),
+        has_narrow_titles: bool = False,
+        has_narrow_gaps: bool = False,
+    ) -> Table:
+        """Build the table with the columns of some searched settings.
+
+        Args:
+            paths: The settings.
+            omitted: Titles of other columns that are left out.
+            has_narrow_titles: Whether each word of a title has a line of its own.
+            has_narrow_gaps: Whether one space is between columns, not two.
+        """
+        table = Table(
+            box=None, pad_edge=False, header_style="bold", collapse_padding=has_narrow_gaps
+        )
+        names = [self._ledger.describe_row(trial) for trial in self._trials]
+        table.add_column("trial", no_wrap=True, min_width=max(map(len, ["trial", *names])))
         for path in paths:
             table.add_column(self._labels[path], justify="right")
-        metric_titles = ["epoch", *(name.replace("_", " ") for name in metrics)]
-        if self._has_score:
-            metric_titles.insert(0, "score")
-        if self._has_burn_in:
-            metric_titles.append("before weights act")
-        if self._has_repeats:
-            metric_titles.append("mean (seeds)")
-        if self._has_finalists:
-            metric_titles.append("AA")
-        if self._spread is not None:
-            metric_titles.append("like best")
-        for title in metric_titles:
-            # A title may take several lines, a number never.
-            width = max(_METRIC_WIDTH, *map(len, title.split()))
-            table.add_column(title, justify="right", min_width=width, no_wrap=title == "epoch")
+        titles = [title for title in self._list_titles() if title not in omitted]
+        cells_by_trial = [self._format_cells(trial) for trial in self._trials]
+        for title in titles:
+            # A title may take several lines, a cell never.
+            width = max([_METRIC_WIDTH, *(len(cells[title]) for cells in cells_by_trial)])
+            table.add_column(
+                title.replace(" ", "\n") if has_narrow_titles else title,
+                justify="right",
+                min_width=max(width, *map(len, title.split())),
+                no_wrap=title == "epoch",
+            )
         table.add_column("state", min_width=_STATE_WIDTH)
-        for trial in self._trials:
+        for name, trial, cells in zip(names, self._trials, cells_by_trial, strict=True):
             settings = [format_param(trial.params.get(path)) for path in paths]
             table.add_row(
-                self._ledger.describe_row(trial),
+                name,
                 *settings,
-                *self._format_metrics(trial, metrics),
+                *(cells[title] for title in titles),
                 self._state(trial),
             )
         return table
@@ -418,26 +456,40 @@ class TrialTable:
             table.add_row(f"{trial.number:04d}", format_params(trial, self._labels))
         return table
 
-    def _format_metrics(self, trial: Trial, names: Sequence[str]) -> list[str]:
-        """Return the cells of the epoch and of the accuracies."""
+    def _list_titles(self) -> list[str]:
+        """Return the titles of the columns between the settings and the state."""
+        shown = {
+            self._ledger.space.score_name: self._has_score,
+            "epoch": True,
+            **dict.fromkeys((name.replace("_", " ") for name in _METRIC_COLUMNS), True),
+            "before weights act": self._has_burn_in,
+            "mean (seeds)": self._has_repeats,
+            "AA": self._has_finalists,
+            "corrected": self._has_corrected,
+            "like best": self._spread is not None,
+        }
+        return [title for title, is_shown in shown.items() if is_shown]
+
+    def _format_cells(self, trial: Trial) -> dict[str, str]:
+        """Return the cells of these columns by their titles."""
         metrics, epoch = trial.latest, str(trial.epoch)
         if "epoch" in trial.best:
             metrics = trial.best
             epoch = f"best@{int(metrics['epoch'])} of {trial.epoch}"
-        cells = [epoch, *(format_metric(metrics.get(name)) for name in names)]
-        if self._has_score:
-            own = replace(trial, repeats=()).averages.get(self._objective)
-            cells.insert(0, format_metric(own))
-        if self._has_burn_in:
-            cells.append(format_metric(trial.best_in_burn_in.get(self._objective)))
-        if self._has_repeats:
-            mean, n_seeds = trial.score(self._objective), len(trial.trainings)
-            cells.append(f"{mean:.3f} ({n_seeds})" if trial.repeats else "")
-        if self._has_finalists:
-            cells.append(format_metric(trial.robust_under_autoattack))
-        if self._spread is not None:
-            cells.append(self._spread.describe_mark(trial))
-        return cells
+        own_score = replace(trial, repeats=()).averages.get(self._objective)
+        mean, n_seeds = trial.score(self._objective), len(trial.trainings)
+        return {
+            self._ledger.space.score_name: format_metric(own_score),
+            "epoch": epoch,
+            **{
+                name.replace("_", " "): format_metric(metrics.get(name)) for name in _METRIC_COLUMNS
+            },
+            "before weights act": format_metric(trial.best_in_burn_in.get(self._objective)),
+            "mean (seeds)": f"{mean:.3f} ({n_seeds})" if trial.repeats else "",
+            "AA": format_metric(trial.robust_under_autoattack),
+            "corrected": format_metric(trial.find_corrected_score(self._objective)),
+            "like best": "" if self._spread is None else self._spread.describe_mark(trial),
+        }
 
     def _state(self, trial: Trial) -> Text:
         """Return the cell of the state, with a mark of how the best epoch was chosen."""

@@ -10,6 +10,7 @@ from pipeline_builders import build_candidate
 from raysweep.cli import main
 from raysweep.pipeline.artifact import Candidate, rank_candidates
 from raysweep.pipeline.promote import PromoteStage
+from raysweep.pipeline.report.search_results import _build_trial_table
 from raysweep.pipeline.stage_sweep import drop_data_location
 from raysweep.result_loading import Sweep, describe_masking_effect_on_ranking, sweep_to_json
 from raysweep.spec import SpecError
@@ -20,6 +21,7 @@ from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import collect_warm_start
+from raysweep.tracking.sweep_tracker import _score_metrics
 from raysweep.training.selection import SelectionRule, average_epochs
 
 LR = "optim.lr"
@@ -88,11 +90,11 @@ def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
         trial = trial.with_epoch(row, rule)
     assert trial.score("robust_worst") == pytest.approx((0.9 + 0.5) / 2 + 0.5 * 0.4)
     assert space.describe_score() == (
-        "score (the best mean robust worst over 2 consecutive epochs, plus 0.5 times the robust "
-        "margin of the best epoch)"
+        "score with margin (the best mean robust worst over 2 consecutive epochs, plus 0.5 times "
+        "the robust margin of the best epoch)"
     )
     alone = build_space(margin_factor=1)
-    assert alone.score_name == "score"
+    assert alone.score_name == "score with margin"
     best_alone = trial.with_score(alone.find_selection_rule({}))
     assert best_alone.score("robust_worst") == pytest.approx(0.9 + 0.4)
     for metric in ("clean", ["robust_worst", "clean"]):
@@ -133,6 +135,43 @@ def test_autoattack_lowers_the_scores_of_finalists(tmp_path: Path) -> None:
         for trial in ranked
     ]
     assert [x.label for x in rank_candidates(candidates)] == ["s/1", "s/0"]
+
+
+@pytest.mark.parametrize("margin_factor", [0, 1])
+def test_tables_and_data_have_corrected_scores(tmp_path: Path, margin_factor: int) -> None:
+    """AutoAttack lowers 0.7 by 0.04. With the margin 0.5 the score is above 1 and no accuracy."""
+    space = build_space(score_epochs=2, finalists=1, trials=2, margin_factor=margin_factor)
+    ledger = Ledger.create(tmp_path / "sweep", space)
+    rule = space.find_selection_rule({})
+    result = FinalistResult(1, 0.66, 200, 0.2, "Linf")
+    for number, finalist in enumerate((result, None)):
+        trial = train(number, [0.7 - number / 10] * 2, rule)
+        best = {**trial.best, "robust_margin": 0.5}
+        ledger.save_trial(replace(trial, best=best, finalist=finalist).with_score(rule))
+    score, corrected = 0.7 + margin_factor / 2, 0.66 + margin_factor / 2
+    data = sweep_to_json(ledger)
+    first, other = data["trials"]
+    assert first["score"] == pytest.approx(score)
+    assert first["corrected_score"] == pytest.approx(corrected)
+    assert other["corrected_score"] is None
+    assert data["finalists"]["trials"][0]["corrected_score"] == pytest.approx(corrected)
+    table = Sweep(ledger).trials
+    assert table.corrected_score[0] == pytest.approx(corrected)
+    assert list(table.corrected_score.isna()) == [False, True]
+    report = _build_trial_table(ledger, ledger.rank_trials())
+    name, shown = "score", ["70.00", "66.00"]
+    if margin_factor:
+        name, shown = "score with margin", ["1.200", "1.160"]
+    columns = [list(report.headers).index(title) for title in (name, "corrected")]
+    assert [report.rows[0][column] for column in columns] == shown
+    assert report.rows[1][columns[1]] == ""
+    assert report.rows[0][list(report.headers).index("robust worst")] == "70.00"
+    assert repr(Sweep(ledger)).endswith(f"best trial 0000 with {name} {score:.3f}>")
+    assert describe_ranking(ledger).startswith(f"{name} (the best mean robust worst over 2")
+    # MLflow shows runs of several sweeps in one table.
+    assert list(_score_metrics(ledger, ledger.rank_trials()[0])) == [name.replace(" ", "_")]
+    without = ledger.rank_trials()[1:]
+    assert "corrected" not in _build_trial_table(ledger, without).headers
 
 
 def test_earlier_sweeps_and_digests_stay_as_they_are() -> None:

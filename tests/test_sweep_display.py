@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from raysweep.evaluation.paired_statistics import PairedDifference
 from raysweep.stores import open_path
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
+from raysweep.sweep.spread_summary import SpreadSummary
 from raysweep.sweep.time_left import SweepTimer
 from raysweep.sweep.trial import Trial
 from raysweep.terminal import SweepDisplay, TrialTable
@@ -208,6 +210,64 @@ def test_the_live_display_is_no_wall_of_numbers_at_80_columns(tmp_path: Path) ->
     assert "best so far: trial 0029, score 0.290 over 3 epochs" in lines
     (settings,) = (line for line in lines if "alpha=" in line)
     assert all(f"{label}=0.123" in settings for label in param_labels(list(space.space)).values())
+
+
+@pytest.mark.parametrize("n_repeats", [0, 1])
+@pytest.mark.parametrize(("name", "margin_factor"), [("lrat", 0), ("gair-trades", 1)])
+def test_tables_of_finalists_show_the_corrected_score_at_80_columns(
+    tmp_path: Path, name: str, margin_factor: float, n_repeats: int
+) -> None:
+    """Of all columns, those that rank remain; nothing is cut."""
+    space = load_space(name, {"margin_factor": margin_factor})
+    ledger = Ledger.create(tmp_path / "sweep", space)
+    best = {"epoch": 17.0, "clean": 0.8, "pgd": 0.5, "robust_worst": 0.5, "masking_gap": 0.1}
+    trial = Trial(
+        0,
+        dict.fromkeys(space.space, 0.123456),
+        state="stopped",
+        epoch=60,
+        best=best,
+        best_in_burn_in=best,
+        averages={"robust_worst": 1.123 if margin_factor else 0.481},
+        finalist=FinalistResult(17, 0.47, 300, 0.1, "Linf"),
+    )
+    repeats = (replace(trial, kind="repeat", params={"seed": 1}),) * n_repeats
+    first, second = (replace(trial, number=number, repeats=repeats) for number in (0, 1))
+    base_run = replace(trial, kind="base run", params={"seed": 0})
+    spread = SpreadSummary(first, 300, {1: PairedDifference(0.0, -0.1, 0.1)}, None)
+    text = io.StringIO()
+    table = TrialTable(ledger, [first, second, base_run], spread=spread, is_live=True)
+    Console(file=text, width=80).print(table)
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    *titles, best_row, other_row, base_row = (x.split() for x in text.getvalue().splitlines())
+    assert titles[-1][0] == "trial" and titles[-1][-4:] == ["AA", "corrected", "best", "state"]
+    score, corrected = ("1.123", "1.093") if margin_factor else ("0.481", "0.451")
+    assert best_row[-4:] == ["0.470", corrected, "best", "stopped"]
+    assert other_row[-4:] == ["0.470", corrected, "yes", "stopped"]
+    assert base_row[:4] == [space.base_method_name, "(base)", "seed", "0"]
+    assert base_row[-2:] == ["0.470", "stopped"], "base runs are no finalists"
+    assert best_row.count(score) == 1 and best_row.count("(2)") == n_repeats
+    # A sweep without scores ranks by AutoAttack itself.
+    without = [replace(run, averages={}, repeats=()) for run in (first, second)]
+    wide = io.StringIO()
+    Console(file=wide, width=400).print(TrialTable(ledger, without))
+    assert " AA " in wide.getvalue() and "corrected" not in wide.getvalue()
+
+
+def test_a_score_with_a_margin_is_called_so(tmp_path: Path) -> None:
+    space = load_space("trades", {"score_epochs": 1})
+    ledger = Ledger.create(tmp_path / "sweep", space)
+    display, _ = make_display()
+    display.on_sweep_start(ledger, 1)
+    best = {"epoch": 7.0, "robust_worst": 0.5}
+    trial = Trial(3, {}, state="finished", epoch=8, best=best, averages={"robust_worst": 1.203})
+    display.on_trial_update(trial, None)
+    table = display._render_table()
+    assert "best so far: trial 0003, score with margin 1.203 in epoch 7" in str(table.caption)
+    text = io.StringIO()
+    Console(file=text, width=200).print(table)
+    titles, *_ = text.getvalue().splitlines()
+    assert "score with margin  " in titles
 
 
 class Recorder:

@@ -413,7 +413,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     is_interrupted = ledger.is_interrupted()
     state = ", interrupted" if is_interrupted else running
     print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{state}")
-    if ledger.space.score_name == "score":
+    if ledger.space.has_score:
         print(f"ranked by {ledger.space.describe_score()}")
     if is_interrupted:
         flags = format_location_flags(request.out, request.storage)
@@ -478,7 +478,7 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
     for average in trial.averages.values():
-        print(f"{ledger.space.describe_score()}\n  score = {average:.4f}")
+        print(f"{ledger.space.describe_score()}\n  {ledger.space.score_name} = {average:.4f}")
     if trial.repeats:
         objective = ledger.space.objectives[0]
         scores = ", ".join(f"{score:.4f}" for score in list_seed_scores(trial, objective))
@@ -487,6 +487,11 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     if trial.robust_under_autoattack is not None and trial.finalist is not None:
         print(f"  AutoAttack on {trial.finalist.n_examples} validation images")
         print(f"  robust = {trial.robust_under_autoattack:.4f}")
+        corrected = trial.find_corrected_score(ledger.space.objectives[0])
+        if corrected is not None and ledger.space.has_score:
+            print(
+                f"{ledger.space.score_name}, lowered by AutoAttack\n  corrected = {corrected:.4f}"
+            )
     if trial.best_in_burn_in:
         objective = ledger.space.objectives[0]
         epoch = f"epoch {trial.best_in_burn_in['epoch']:.0f}"

@@ -170,7 +170,8 @@ class PromoteStage(Stage):
         for candidate in selected:
             score = f"{metric} {candidate.checkpoint_value(metric):.3f} on validation"
             if candidate.average is not None:
-                score += f", score {candidate.average:.3f}"
+                name = "score with margin" if candidate.margin_factor else "score"
+                score += f", {name} {candidate.average:.3f}"
             if candidate.autoattack is not None:
                 score += f", {candidate.autoattack:.3f} under AutoAttack"
             context.print_line(f"promoted {candidate.title}: {score}")

@@ -61,6 +61,7 @@ class FinalistSummary:
                     "trial": trial.number,
                     "objective": trial.best_epoch_value(self.objective),
                     "robust": trial.final_value(self.objective),
+                    "corrected_score": trial.corrected_score(self.objective),
                 }
                 for trial in self.by_autoattack
             ],
@@ -105,7 +106,7 @@ def describe_finalists(ledger: Ledger) -> list[str]:
     if summary is None:
         return _describe_failed_attacks(ledger)
     name = summary.objective.replace("_", " ")
-    chooser = "the score" if ledger.space.score_name == "score" else name
+    chooser = "the score" if ledger.space.has_score else name
     results = ", ".join(
         f"trial {trial.number:04d} {trial.final_value(summary.objective):.3f} "
         f"({name} {trial.best_epoch_value(summary.objective):.3f})"
@@ -140,7 +141,7 @@ def describe_ranking(ledger: Ledger) -> str:
     n_finalists = len(ledger.find_attacked_finalists())
     if not n_finalists:
         return order
-    if ledger.space.score_name == "score":
+    if ledger.space.has_score:
         return f"{order}, lowered by AutoAttack for the first {n_finalists}"
     return f"AutoAttack (the first {n_finalists}), then by {order}"
 

@@ -131,10 +131,10 @@ def param_importances(ledger: Ledger) -> dict[str, float] | None:
         ledger: The sweep.
 
     Returns:
-        For each dotted path its share of the variance of the (first) objective, in [0, 1], largest
-        first. Parameters that only some trials have, because they are conditional, are left out,
-        and those with one value. None if fewer than `MIN_IMPORTANCE_TRIALS` trials trained to
-        their end, or if all their results are equal.
+        For each dotted path its share of the variance of the score or of the (first) objective, in
+        [0, 1], largest first. Parameters that only some trials have, because they are conditional,
+        are left out, and those with one value. None if fewer than `MIN_IMPORTANCE_TRIALS` trials
+        trained to their end, or if all their results are equal.
     """
     study = build_study(ledger)
     trials = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]

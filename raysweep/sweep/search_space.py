@@ -415,12 +415,23 @@ class SearchSpace(Spec):
         return self.replace(score_epochs=DEFAULT_SCORE_EPOCHS)
 
     @property
-    def score_name(self) -> str:
-        """Name of what trials are ranked by: `score` if that is a mean over several epochs or
-        includes the margin; otherwise the objective, which is then that of the best epoch.
+    def has_score(self) -> bool:
+        """Whether trials are ranked by a score: a mean over several epochs, or the margin is part
+        of it. Otherwise they are ranked by the objective of their best epochs.
         """
-        has_mean = (self.score_epochs or 1) > 1
-        return "score" if has_mean or self._used_margin_factor else self.objectives[0]
+        return (self.score_epochs or 1) > 1 or self.has_margin_in_score
+
+    @property
+    def has_margin_in_score(self) -> bool:
+        """Whether the margin is part of the score, which then is no accuracy and may exceed 1."""
+        return self._used_margin_factor > 0
+
+    @property
+    def score_name(self) -> str:
+        """Name of what trials are ranked by: `score`, `score with margin`, or the objective."""
+        if self.has_margin_in_score:
+            return "score with margin"
+        return "score" if self.has_score else self.objectives[0]
 
     @property
     def _used_margin_factor(self) -> float:
@@ -430,7 +441,7 @@ class SearchSpace(Spec):
     def describe_score(self) -> str:
         """Describe what trials are ranked by, in words."""
         objective = self.objectives[0].replace("_", " ")
-        if self.score_name != "score":
+        if not self.has_score:
             return objective
         n_epochs = self.score_epochs or 1
         text = f"the best mean {objective} over {n_epochs} consecutive epochs"
@@ -439,7 +450,19 @@ class SearchSpace(Spec):
         if factor := self._used_margin_factor:
             text += f", plus {'' if factor == 1 else f'{factor:g} times '}"
             text += "its robust margin" if n_epochs == 1 else "the robust margin of the best epoch"
-        return f"score ({text})"
+        return f"{self.score_name} ({text})"
+
+    def describe_score_epochs(self, best_epoch: float) -> str:
+        """Describe from which epochs the score of a training is.
+
+        Args:
+            best_epoch: Number of its best epoch.
+
+        Returns:
+            Such as `over 3 epochs` or `in epoch 7`.
+        """
+        n_epochs = self.score_epochs or 1
+        return f"over {n_epochs} epochs" if n_epochs > 1 else f"in epoch {best_epoch:.0f}"
 
     @property
     def leaders_by_round(self) -> list[int]:

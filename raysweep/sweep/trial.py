@@ -276,6 +276,14 @@ class Trial:
             return self.score(metric)
         return robust + (self.score(metric) - self.best_epoch_value(metric))
 
+    def find_corrected_score(self, metric: str) -> float | None:
+        """Return `corrected_score`; None if AutoAttack has not attacked the best epoch of each seed
+        of this trial, if the metric is not an accuracy under attacks, and for other runs.
+        """
+        if self.kind != "trial" or self.robust_under_autoattack is None:
+            return None
+        return self.corrected_score(metric) if is_robust_objective(metric) else None
+
     def with_epoch(self, epoch_metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial after one more epoch.
 

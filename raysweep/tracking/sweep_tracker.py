@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from raysweep.data import DatasetSplits
 from raysweep.errors import is_interruption
-from raysweep.formatting import format_count
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.spec import SpecError
 from raysweep.sweep.base_comparison import compare_with_base
@@ -216,16 +215,21 @@ class SweepTracker:
         summary = summarize_finalists(ledger)
         if summary is None:
             return
-        names = ("finalist/robust_accuracy", "finalist/overestimate")
+        corrected_score = _score_metric_name(ledger, "finalist/corrected_score")
         for trial, overestimate in zip(summary.by_objective, summary.overestimates, strict=True):
-            values = (trial.final_value(summary.objective), overestimate)
+            metrics = {
+                "finalist/robust_accuracy": trial.final_value(summary.objective),
+                "finalist/overestimate": overestimate,
+                corrected_score: trial.corrected_score(summary.objective),
+            }
             if run_id := self._find_trial_run(trial):
-                self._tracker.log_final(run_id, dict(zip(names, values, strict=True)))
+                self._tracker.log_final(run_id, metrics)
         best_trial = summary.by_autoattack[0]
         metrics = {
             "finalist/robust_accuracy": best_trial.final_value(summary.objective),
             "finalist/overestimate": max(summary.overestimates),
             "finalist/gain": summary.gain,
+            corrected_score: best_trial.corrected_score(summary.objective),
         }
         self._tracker.log_final(self._sweep_run_id, metrics)
 
@@ -236,6 +240,7 @@ class SweepTracker:
         summary = summarize_repeats(ledger)
         if summary is None:
             return
+        name = _score_metric_name(ledger, "repeat/mean")
         for trial in summary.trials:
             mean, n_seeds = trial.score(summary.objective), float(len(trial.trainings))
             run_ids = [self._find_trial_run(trial)]
@@ -243,7 +248,7 @@ class SweepTracker:
                 run_ids.append(self._sweep_run_id)
             for run_id in run_ids:
                 if run_id:
-                    self._tracker.log_final(run_id, {"repeat/mean": mean, "repeat/seeds": n_seeds})
+                    self._tracker.log_final(run_id, {name: mean, "repeat/seeds": n_seeds})
 
     def _log_spread(self, ledger: Ledger) -> None:
         """Log which trials cannot be told apart from the best, and the settings' share."""
@@ -458,7 +463,17 @@ def _score_metrics(ledger: Ledger, trial: Trial) -> dict[str, float]:
     """Return the score of a trial as a metric; {} if it is the objective of its best epoch."""
     if not trial.averages:
         return {}
-    return {"score": trial.score(ledger.space.objectives[0])}
+    name = _score_metric_name(ledger, "score")
+    return {name: trial.score(ledger.space.objectives[0])}
+
+
+def _score_metric_name(ledger: Ledger, name: str) -> str:
+    """Return the name in MLflow of a metric that is a score of trials.
+
+    MLflow shows the runs of several sweeps in one table, and scores with a margin are of another
+    scale than those without.
+    """
+    return f"{name}_with_margin" if ledger.space.has_margin_in_score else name
 
 
 def _describe_origin(ledger: Ledger, trial: Trial) -> str:
@@ -466,7 +481,7 @@ def _describe_origin(ledger: Ledger, trial: Trial) -> str:
     if trial.repeats:
         return f"as the mean over {len(trial.trainings)} seeds"
     if trial.averages:
-        return f"over {format_count(ledger.space.score_epochs or 1, 'epoch')}"
+        return ledger.space.describe_score_epochs(trial.best["epoch"])
     return f"in epoch {trial.best['epoch']:.0f}"
 
 

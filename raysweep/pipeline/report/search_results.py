@@ -1,7 +1,7 @@
 """Report sections about searches: best trials, importances and Pareto fronts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.facts import SweepFacts
@@ -18,7 +18,7 @@ from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.finalist_summary import describe_ranking
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
-from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.search_space import SearchSpace, param_labels
 from raysweep.sweep.spread_summary import summarize_spread
 from raysweep.sweep.trial import Trial
 from raysweep.terminal import format_param
@@ -61,10 +61,10 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
     if len(succeeded) > 1:
+        name = ledger.space.score_name.capitalize() if ledger.space.has_score else "Objective"
         parts.append(
             CaptionedFigure(
-                f"{'Score' if ledger.space.score_name == 'score' else 'Objective'} against each "
-                "searched setting (darker: later)",
+                f"{name} against each searched setting (darker: later)",
                 figures.plot_param_slices(ledger),
                 is_full_width=True,
             )
@@ -76,42 +76,48 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
 
 
 def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
-    """Build the table of trials, base runs and repeats: metrics and scores in percent (a score
-    with a margin may be above 100), best epoch and parameters.
+    """Build the table of trials, base runs and repeats: metrics, scores, best epoch and parameters.
+    Accuracies are in percent.
     """
-    metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
     labels = param_labels(paths)
-    has_finalists = any(trial.robust_under_autoattack is not None for trial in best_trials)
-    has_repeats = any(trial.repeats for trial in best_trials)
-    has_score = any(trial.averages for trial in best_trials)
-    spread = summarize_spread(ledger)
+    columns = _list_result_columns(ledger, best_trials)
     rows = []
     for trial in best_trials:
-        scores = [_format_score(trial, metric) for metric in metrics]
-        if has_score:
-            scores.insert(0, f"{100 * replace(trial, repeats=()).score(metrics[0]):.2f}")
-        if has_repeats:
-            mean, n_seeds = trial.score(metrics[0]), len(trial.trainings)
-            scores.append(f"{100 * mean:.2f} ({n_seeds})" if trial.repeats else "")
-        if has_finalists:
-            robust = trial.robust_under_autoattack
-            scores.append("" if robust is None else f"{100 * robust:.2f}")
-        if spread is not None:
-            scores.append(spread.describe_mark(trial))
+        cells = [format_cell(trial) for format_cell in columns.values()]
         params = [format_param(trial.params.get(path)) for path in paths]
-        epoch = _describe_best_epoch(ledger, trial)
-        rows.append([ledger.describe_row(trial), *scores, epoch, *params])
-    metric_names = [figures.format_metric_name(metric) for metric in metrics]
-    if has_score:
-        metric_names.insert(0, "score")
-    if has_repeats:
-        metric_names.append("mean (seeds)")
-    if has_finalists:
-        metric_names.append("AutoAttack")
+        rows.append([ledger.describe_row(trial), *cells, *params])
+    return Table(["trial", *columns, *(labels[path] for path in paths)], rows)
+
+
+def _list_result_columns(
+    ledger: Ledger, trials: Sequence[Trial]
+) -> dict[str, Callable[[Trial], str]]:
+    """Return the columns of the results of trials: {title: function that formats a cell}."""
+    space, objective = ledger.space, ledger.space.objectives[0]
+
+    format_score = partial(_format_score, space)
+
+    def format_mean(trial: Trial) -> str:
+        n_seeds = len(trial.trainings)
+        return f"{format_score(trial.score(objective))} ({n_seeds})" if trial.repeats else ""
+
+    columns: dict[str, Callable[[Trial], str]] = {}
+    if any(trial.averages for trial in trials):
+        columns[space.score_name] = lambda run: format_score(run.averages.get(objective))
+    for metric in dict.fromkeys((*space.objectives, "clean", "masking_gap")):
+        columns[figures.format_metric_name(metric)] = partial(_format_metric, metric=metric)
+    if any(trial.repeats for trial in trials):
+        columns["mean (seeds)"] = format_mean
+    if any(trial.robust_under_autoattack is not None for trial in trials):
+        columns["AutoAttack"] = lambda run: _format_percent(run.robust_under_autoattack)
+        if space.has_score:
+            columns["corrected"] = lambda run: format_score(run.find_corrected_score(objective))
+    spread = summarize_spread(ledger)
     if spread is not None:
-        metric_names.append("like best")
-    return Table(["trial", *metric_names, "best epoch", *(labels[p] for p in paths)], rows)
+        columns["like best"] = spread.describe_mark
+    columns["best epoch"] = partial(_describe_best_epoch, ledger)
+    return columns
 
 
 def _describe_best_epoch(ledger: Ledger, trial: Trial) -> str:
@@ -124,9 +130,21 @@ def _describe_best_epoch(ledger: Ledger, trial: Trial) -> str:
     return ", ".join([str(int(trial.best["epoch"])), *notes])
 
 
-def _format_score(trial: Trial, metric: str) -> str:
+def _format_metric(trial: Trial, metric: str) -> str:
     """Format a metric of the best epoch in percent; "" if the trial does not have it."""
-    return f"{100 * trial.best[metric]:.2f}" if metric in trial.best else ""
+    return _format_percent(trial.best.get(metric))
+
+
+def _format_score(space: SearchSpace, score: float | None) -> str:
+    """Format a score, in percent unless it has a margin and is no accuracy; "" if not known."""
+    if space.has_margin_in_score:
+        return "" if score is None else f"{score:.3f}"
+    return _format_percent(score)
+
+
+def _format_percent(share: float | None) -> str:
+    """Format a share in percent, with two decimals; "" if it is not known."""
+    return "" if share is None else f"{100 * share:.2f}"
 
 
 def _build_importance_parts(ledger: Ledger, n_complete: int) -> list[SectionPart]:
@@ -140,7 +158,7 @@ def _build_importance_parts(ledger: Ledger, n_complete: int) -> list[SectionPart
             )
         text = f"The importance of the settings is unknown: {reason}."
         return [Paragraph(text, is_muted=True)]
-    figure = figures.plot_param_importances(importances, ledger.space.objectives[0])
+    figure = figures.plot_param_importances(importances, ledger.space.score_name)
     parts: list[SectionPart] = [CaptionedFigure("Importance of the settings (fANOVA)", figure)]
     if left_out := [path for path in ledger.space.space if path not in importances]:
         labels = param_labels(list(ledger.space.space))
