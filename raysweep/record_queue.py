@@ -86,6 +86,11 @@ class RecordQueue:
     def n_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def has_lost_records(self) -> bool:
+        """Whether a record was dropped that the store refused, or that could not be written."""
+        return self._n_lost > 0
+
     def write(self, record: Callable[[], object]) -> None:
         """Add a record to those that wait to be written. Returns at once.
 

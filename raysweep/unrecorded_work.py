@@ -208,5 +208,5 @@ def _record_pipeline(folder: StorePath, tracker: Tracker, records: RecordQueue) 
                     tracker, folder.name, key, path, verdict
                 )
             )
-        records.write(lambda: clear_unrecorded(folder))
-        records.flush()
+        if records.flush() and not records.has_lost_records:
+            clear_unrecorded(folder)

@@ -210,6 +210,31 @@ class TestEnd:
             "s": status, "0000 s": "FAILED", "0001 s": trial_status, "0002 s": "FINISHED",
         }  # fmt: skip
 
+    def test_a_record_that_cannot_be_written_stays_noted(
+        self,
+        workdir: Path,
+        make_ledger: Callable[..., Ledger],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """The records after it are written; `raysweep sync` writes this one later."""
+        from raysweep.tracking import SweepTracker, Tracker
+
+        ledger = make_ledger(nan(0), finished(1))
+        tracker = SweepTracker(Tracker(f"sqlite:///{workdir / 'mlflow.db'}", workdir / "mlruns"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SweepTracker, "_complete_ended_runs", lambda self, ended: 1 / 0)
+            tracker.on_sweep_start(ledger, 0)
+            tracker.on_sweep_end(ledger)
+        assert list_run_states(workdir) == {"s": "FINISHED"}
+        assert (ledger.path / "unrecorded.json").is_file()
+        assert main(["sync", "s"]) == 0
+        assert list_run_states(workdir) == {
+            "s": "FINISHED", "0000 s": "FAILED", "0001 s": "FINISHED",
+        }  # fmt: skip
+        assert not (ledger.path / "unrecorded.json").is_file()
+        assert main(["sync", "s"]) == 0
+        assert "MLflow lacks nothing" in capsys.readouterr().out
+
     def test_mlflow_gets_a_trial_whose_params_are_not_valid_together(self, workdir: Path) -> None:
         """Each value is valid, but Nesterov momentum needs momentum: the trial has no config."""
         from raysweep.sweep.tuner import _make_trainable

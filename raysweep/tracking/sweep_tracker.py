@@ -208,7 +208,8 @@ class SweepTracker:
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
         self._tracker.end_run(self._sweep_run_id, _choose_sweep_status(ledger, error))
-        clear_unrecorded(ledger.path)
+        if not self._records.has_lost_records:
+            clear_unrecorded(ledger.path)
 
     def _log_finalists(self, ledger: Ledger) -> None:
         """Log what AutoAttack says of the finalists, to their runs and to that of the sweep."""
