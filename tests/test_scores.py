@@ -212,6 +212,26 @@ def test_a_warm_start_tells_the_scores_of_the_new_sweep(
     assert [result.best["robust_worst"] for result in found.results] == pytest.approx([told + 0.25])
 
 
+@pytest.mark.parametrize(
+    ("rule", "first"), [({}, 0), ({"score_epochs": 3}, 1), ({"margin_factor": 1.0}, 2)]
+)
+def test_a_warm_start_tries_the_best_by_the_scores_of_the_new_sweep(
+    tmp_path: Path, rule: dict[str, Any], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 0 has the best epoch, trial 1 the best mean, trial 2 the best margin."""
+    old = build_space()
+    ledger = Ledger.create(tmp_path / "old", old)
+    for number, values in enumerate(([0.1, 0.9, 0.1], [0.6, 0.7, 0.6], [0.1, 0.65, 0.1])):
+        trial = train(number, values, old.find_selection_rule({}))
+        margin = {"robust_margin": 0.5 if number == 2 else 0.1}
+        ledger.save_trial(replace(trial, best={**trial.best, **margin}))
+    monkeypatch.setattr(Ledger, "find_data_fingerprint", lambda self: "data")
+    found = collect_warm_start(build_space(**rule), "data", [ledger])
+    assert found.points == (ledger.load_trials()[first].params,)
+    other_data = collect_warm_start(build_space(**rule), "other data", [ledger])
+    assert other_data.points == tuple(trial.params for trial in ledger.rank_trials())
+
+
 def test_means_are_not_compared_with_best_epochs_of_other_runs() -> None:
     """Within sweep s, b is ahead of a by its mean. Beside c, a run without a mean, checkpoints
     decide which places the sweep gets: b and a take the places that a and b would have.

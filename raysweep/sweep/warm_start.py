@@ -67,8 +67,9 @@ class WarmStart:
     Attributes:
         results: Results that the sampler is told: trials on the same data that differ from those of
             the new sweep only in searched settings and the seed.
-        points: Params that are tried first: of each sweep with such results the best one, of any
-            other sweep the best `N_POINTS_OF_OTHER_DATA`.
+        points: Params that are tried first: of each sweep with such results the best one, by the
+            scores of the new sweep if these are others; of any other sweep the best
+            `N_POINTS_OF_OTHER_DATA`.
     """
 
     results: tuple[EarlierResult, ...] = ()
@@ -158,6 +159,9 @@ def collect_warm_start(
             # What an interrupted trial would have come to is not known.
             if trial.state != "running" and _has_margin(space, params, trial)
         ]
+        if not _has_same_scores(space, ledger.space):
+            # The earlier sweep's best trial need not be the best by the scores of the new one.
+            comparable.sort(key=lambda pair: -_rescore(space, pair[1], pair[0])[0])
         points += [params for _, params in comparable[:1] or usable[:N_POINTS_OF_OTHER_DATA]]
     return WarmStart(tuple(results), tuple(points))
 
@@ -175,8 +179,20 @@ def _rescore_metrics(space: SearchSpace, params: Params, trial: Trial) -> Metric
     """Return the metrics of a trial's best epoch, with the scores that this space gives it in place
     of its objectives.
     """
+    scores = _rescore(space, params, trial)
+    return {**trial.best, **dict(zip(space.objectives, scores, strict=True))}
+
+
+def _rescore(space: SearchSpace, params: Params, trial: Trial) -> list[float]:
+    """Return the scores that a space gives a trial of another sweep, one for each objective."""
     rescored = trial.with_score(space.find_selection_rule(params))
-    return {**trial.best, **{name: rescored.score(name) for name in space.objectives}}
+    return [rescored.score(name) for name in space.objectives]
+
+
+def _has_same_scores(space: SearchSpace, other: SearchSpace) -> bool:
+    """Return whether two spaces with the same objectives give a trial the same scores."""
+    rules = [one.find_selection_rule({}) for one in (space, other)]
+    return len({(rule.score_epochs, rule.margin_factor) for rule in rules}) == 1
 
 
 def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:
