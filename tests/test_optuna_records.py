@@ -8,6 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
@@ -223,3 +224,31 @@ def test_a_study_follows_a_sweep_with_more_choices_and_more_epochs(
     export.on_sweep_start(ledger, 1)
     exported = load_exported(export, name)
     assert [len(trial.intermediate_values) for trial in exported] == [3, 4]
+
+
+def test_a_journal_stays_valid_after_a_record_that_was_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a full disk or a crash. Records that come later are readable, and so are those before."""
+    file = tmp_path / "journal.log"
+    searched = {"optim.lr": {"float": [0.01, 1]}}
+    ledger = Ledger.create(tmp_path / "s", space(method="at", base={"epochs": 3}, space=searched))
+    export, name = OptunaExporter(str(file)), f"s-{ledger.key[:8]}"
+    export.on_sweep_start(ledger, 1)
+    for number in range(3):
+        if number == 2:
+            # Another call finds the cut before it has written anything.
+            export = OptunaExporter(str(file))
+            export.on_sweep_start(ledger, 1)
+        trial = build_trial(number, params={"optim.lr": 0.5 + number / 10}, burn_in=0)
+        ledger.save_trial(trial)
+        export.on_trial_update(trial, None)
+        assert len(load_exported(export, name)) == number + 1
+        assert caplog.text.count("its last record was cut off") == number
+        with file.open("ab") as opened:
+            opened.write(b'{"op_code": 4, "worker_id": "x", "stu')
+    assert len(load_exported(OptunaExporter(str(file)), name)) == 3
+    with file.open("ab") as opened:
+        opened.write(b"nonsense\n{}\n")
+    with pytest.raises(SpecError, match=r"journal\.log: it is damaged; name another file"):
+        OptunaExporter(str(file))

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -184,7 +187,51 @@ def _open_journal(path: str) -> optuna.storages.BaseStorage:
             json.loads(first_line)["op_code"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError("it is no journal of Optuna; name another file") from error
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    try:
+        return optuna.storages.JournalStorage(_RepairingJournal(str(file)))
+    except json.JSONDecodeError as error:
+        raise ValueError("it is damaged; name another file") from error
+
+
+class _RepairingJournal(JournalFileBackend):
+    """Journal file that stays valid after a record was cut off, by a full disk or a crash.
+
+    Optuna would append the next record to the part that was written, and could not read the file
+    again.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = Path(path)
+        self._repair()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records."""
+        self._repair()
+        super().append_logs(logs)
+
+    def _repair(self) -> None:
+        """Cut off the last record if it is not complete."""
+        if self._has_whole_records():
+            return
+        lock = JournalFileSymlinkLock(str(self._path))
+        lock.acquire()
+        try:
+            # Another process may have been writing until now.
+            if not self._has_whole_records():
+                content = self._path.read_bytes()
+                os.truncate(self._path, content.rfind(b"\n") + 1)
+                logger.warning("%s: its last record was cut off, and is removed", self._path)
+        finally:
+            lock.release()
+
+    def _has_whole_records(self) -> bool:
+        """Return whether the file is empty or ends with a newline."""
+        with self._path.open("rb") as opened:
+            if not opened.seek(0, os.SEEK_END):
+                return True
+            opened.seek(-1, os.SEEK_END)
+            return opened.read(1) == b"\n"
 
 
 def _is_annotated(study: optuna.Study, storage: optuna.storages.BaseStorage) -> bool:
