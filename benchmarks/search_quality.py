@@ -37,7 +37,7 @@ from search_simulator import (
     simulate,
 )
 
-from raysweep.sweep.search_space import Params, Sampler
+from raysweep.sweep.search_space import Sampler
 
 N_RANDOM = 64
 """Number of random trials whose gain a search should reach in a quarter of their epochs."""
@@ -73,19 +73,10 @@ class BelowPrediction:
         return value + float(np.mean(rises) + np.std(rises)) < best
 
 
-class SharedSearch(OptunaSearch):
-    """The same, but of two random candidates it takes the one that shares more epochs."""
+class FirstCandidateSearch(OptunaSearch):
+    """The same, but the first random candidate becomes the trial, whatever it costs."""
 
-    def draw(self) -> Params:
-        first = super().draw()
-        n_told = len(self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-        if self.space.sampler.kind != "random" and n_told >= self.space.sampler.n_startup_trials:
-            return first
-        second = super().draw()
-        shared = [
-            self.table.burn_in[self.table.find_nearest(params, [])] for params in (first, second)
-        ]
-        return second if shared[1] > shared[0] else first
+    compares_costs = False
 
 
 def build_as_shipped(table: Table, repeat: int) -> Search:
@@ -169,8 +160,8 @@ VARIANTS: dict[str, Callable[[Table, int], Search]] = {
         build, sampler={**TPE, "n_startup_trials": 3}, make_scheduler=NeverStop
     ),
     "TPE, ASHA from 4": partial(build, sampler=TPE, make_scheduler=partial(Asha, 4)),
-    "TPE, ASHA from 6, prefers shared": partial(
-        build, sampler=TPE, make_scheduler=partial(Asha, 6), search=SharedSearch
+    "TPE, ASHA from 6, first candidates": partial(
+        build, sampler=TPE, make_scheduler=partial(Asha, 6), search=FirstCandidateSearch
     ),
     "GP, none": partial(build, sampler=GP, make_scheduler=NeverStop),
     "GP, ASHA from 6": partial(build, sampler=GP, make_scheduler=partial(Asha, 6)),

@@ -150,6 +150,8 @@ class Scheduler(Protocol):
 class OptunaSearch:
     """Optuna as a sweep uses it: told of running trials, and of the settings that were trained."""
 
+    compares_costs = True
+
     def __init__(
         self, table: Table, sampler: Sampler, scheduler: Scheduler, points: Sequence[Params]
     ) -> None:
@@ -159,16 +161,33 @@ class OptunaSearch:
         self.points = [*points]
         self.pending: dict[int, optuna.Trial] = {}
 
-    def draw(self) -> Params:
+    def draw_candidate(self) -> Params:
         draft = self.study.ask()
         params = self.space.suggest_params(draft)
         self.study.tell(draft, state=optuna.trial.TrialState.FAIL)
         return params
 
+    def draw(self, tried: Sequence[int]) -> Params:
+        """Draw the settings of a trial. While the sampler draws at random, of two candidates that
+        which shares more epochs with the trials so far.
+        """
+        first, sampler = self.draw_candidate(), self.space.sampler
+        n_told = len(self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        learns = sampler.kind in ("tpe", "gp")
+        if not (self.compares_costs and learns and n_told < sampler.n_startup_trials):
+            return first
+        second = self.draw_candidate()
+        longest = max((self.table.burn_in[setting] for setting in tried), default=0)
+        shared = [
+            min(longest, self.table.burn_in[self.table.find_nearest(params, [])])
+            for params in (first, second)
+        ]
+        return second if shared[1] > shared[0] else first
+
     def propose(self, tried: Sequence[int]) -> int | None:
         if len(tried) == len(self.table.params):
             return None
-        params = self.points.pop(0) if self.points else self.draw()
+        params = self.points.pop(0) if self.points else self.draw(tried)
         setting = self.table.find_nearest(params, tried)
         with_inactive = self.space.sampler.models_inactive_params
         self.study.enqueue_trial(

@@ -393,7 +393,9 @@ def test_tpe_draws_at_random_until_startup_trials_have_results(begin_search: Beg
     same = []
     for number in range(6):
         drawn = search.suggest(str(number))["params"][ALPHA]
-        same.append(drawn == random.ask().suggest_float(ALPHA, 0.5, 4.0))
+        # Of two candidates the first, because trials of LRAT share no epochs.
+        candidates = [random.ask().suggest_float(ALPHA, 0.5, 4.0) for _ in range(2)]
+        same.append(drawn == candidates[0])
         search.on_trial_result(str(number), row(1, drawn / 4))
         # The third has no result.
         search.on_trial_complete(str(number), row(1, drawn / 4), error=number == 2)
@@ -440,3 +442,38 @@ def test_settings_are_not_tried_again_even_if_their_trial_failed(begin_search: B
     ]
     found = begin_search(*trials, space=choices).suggest("a")["params"]
     assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings does not matter"
+
+
+@pytest.mark.parametrize("kind", ["tpe", "gp"])
+def test_of_two_random_candidates_the_one_that_shares_more_epochs_is_tried(
+    kind: str, begin_search: Begin
+) -> None:
+    """Trials of GAIRAT are AT, and so share their epochs, until the shorter burn-in of the two."""
+    burn_in, lam = "method.terms.pgd.weight.burn_in", "method.terms.pgd.weight.lam"
+    search = begin_search(
+        method="gairat",
+        trials=12,
+        sampler={"kind": kind, "n_startup_trials": 5},
+        space={burn_in: {"int": [1, 6]}, lam: {"float": [-1.0, 1.0]}},
+        points_to_evaluate=[{burn_in: 2, lam: 0.0}],
+    )
+    asked = []
+    for number in range(5):
+        params = search.suggest(str(number))["params"]
+        drawn = [trial.params[burn_in] for trial in search._study.get_trials()][len(asked) :]
+        asked += drawn
+        if number == 0:
+            assert drawn == [2], "the starting point, without another candidate"
+            longest = 2
+            continue
+        first, second = (min(candidate, longest) for candidate in drawn)
+        assert params[burn_in] == drawn[second > first]
+        longest = max(longest, params[burn_in])
+        states = [trial.state.name for trial in search._study.get_trials()[-2:]]
+        assert sorted(states) == ["FAIL", "RUNNING"], "the other candidate is no trial"
+    assert len(set(asked)) > 2 and longest > 2
+    for number in range(5):
+        search.on_trial_complete(str(number), row(7, 0.5 + number / 100))
+    n_before = len(search._study.get_trials())
+    search.suggest("modelled")
+    assert len(search._study.get_trials()) == n_before + 1

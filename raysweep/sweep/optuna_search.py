@@ -3,6 +3,7 @@
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from raysweep.spec import json_digest
@@ -12,6 +13,7 @@ from raysweep.sweep.search_space import Params
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import load_warm_start
 from raysweep.training.failure_reports import FAILURE_KEY
+from raysweep.training.prefix_cache import prefix_keys
 from raysweep.training.selection import SelectionRule
 
 
@@ -21,6 +23,9 @@ class LedgerSearcher(Searcher):
     Results of earlier sweeps and ended trials of the ledger are added to the study first. Trials
     that have not ended are suggested before any new one, under their own numbers, so that they
     resume from their checkpoints; in the study they are running.
+
+    While TPE or the Gaussian process draws at random, two candidates promise the same. The one that
+    shares more epochs with earlier trials of the sweep becomes the trial.
 
     Args:
         ledger: The sweep.
@@ -41,7 +46,9 @@ class LedgerSearcher(Searcher):
         self._reported_trials: dict[str, Trial] = {}
         self._rules: dict[str, SelectionRule] = {}
         self._n_complete = 0
-        self._tried_digests = {json_digest(trial.params) for trial in past_trials}
+        self._tried_params = {json_digest(trial.params): trial.params for trial in past_trials}
+        # Keys of the states of a trial (see `prefix_keys`), by the digest of its params.
+        self._prefix_keys: dict[str, list[str]] = {}
         # Numbers may have gaps: a driver can be killed before it has written a trial and after it
         # has written the next one.
         self._free_numbers = sorted(
@@ -100,7 +107,7 @@ class LedgerSearcher(Searcher):
         has_result = reported.rank_best_epoch(rule).is_eligible
         pending = self._pending_trials.pop(trial_id)
         if error or FAILURE_KEY in (result or {}) or not has_result:
-            self._study.tell(pending, state=optuna.trial.TrialState.FAIL)
+            self._study.tell(pending, state=TrialState.FAIL)
         else:
             for name, value in constraint_values(self._ledger.space, reported.best).items():
                 pending.set_constraint(name, value)
@@ -119,19 +126,63 @@ class LedgerSearcher(Searcher):
         self._ledger.space.suggest_params(trial)
         return trial
 
-    def _ask_new_params(self, max_attempts: int = 10) -> tuple[optuna.Trial, Params]:
+    def _ask_new_params(self) -> tuple[optuna.Trial, Params]:
+        """Ask Optuna for the params of a new trial."""
+        draws_at_random = self._draws_at_random()
+        trial, params = self._ask_untried_params()
+        if draws_at_random:
+            other_trial, other_params = self._ask_untried_params()
+            if self._count_shared_epochs(other_params) > self._count_shared_epochs(params):
+                trial, params, other_trial = other_trial, other_params, trial
+            self._study.tell(other_trial, state=TrialState.FAIL)
+        self._tried_params[json_digest(params)] = params
+        return trial, params
+
+    def _ask_untried_params(self, max_attempts: int = 10) -> tuple[optuna.Trial, Params]:
         """Ask Optuna for params that no trial has; accept a repetition after some attempts.
 
         The seed is one of a trial's params: repeated params would repeat the same training.
         """
         trial = self._study.ask()
         params = self._ledger.space.suggest_params(trial)
-        digest = json_digest(params)
-        if max_attempts and digest in self._tried_digests:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            return self._ask_new_params(max_attempts - 1)
-        self._tried_digests.add(digest)
+        if max_attempts and json_digest(params) in self._tried_params:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return self._ask_untried_params(max_attempts - 1)
         return trial, params
+
+    def _draws_at_random(self) -> bool:
+        """Return whether a sampler that learns from results has too few of them for its next
+        proposal, which is not a starting point.
+        """
+        space = self._ledger.space
+        n_results = len(self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        return (
+            space.share_prefixes
+            and space.sampler.kind in ("tpe", "gp")
+            and n_results < space.sampler.n_startup_trials
+            and not self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        )
+
+    def _count_shared_epochs(self, params: Params) -> int:
+        """Return how many of the first epochs of a trial another trial of the sweep trains, too."""
+        keys = self._list_prefix_keys(params)
+        n_shared = (
+            sum(
+                key == other
+                for key, other in zip(keys, self._list_prefix_keys(tried), strict=False)
+            )
+            for tried in self._tried_params.values()
+        )
+        # The first key is that of the untrained network.
+        return max(0, max(n_shared, default=0) - 1)
+
+    def _list_prefix_keys(self, params: Params) -> list[str]:
+        """Return the keys of a trial's states; other trials of the sweep have the same data."""
+        digest = json_digest(params)
+        if digest not in self._prefix_keys:
+            config = self._ledger.space.trial_config(params)
+            self._prefix_keys[digest] = prefix_keys(config, data_fingerprint="")
+        return self._prefix_keys[digest]
 
     def _add_past_trial(self, trial: Trial) -> None:
         """Add an ended trial of the ledger to the study."""
@@ -141,4 +192,4 @@ class LedgerSearcher(Searcher):
             self._ledger.space, trial, {"NSGAIISampler:generation": generation}
         )
         self._study.add_trial(frozen_trial)
-        self._n_complete += frozen_trial.state == optuna.trial.TrialState.COMPLETE
+        self._n_complete += frozen_trial.state == TrialState.COMPLETE
