@@ -28,6 +28,8 @@ from raysweep.spec import SpecError
 from raysweep.stores import open_path
 from raysweep.sweep.base_comparison import compare_with_base, describe_base_comparison
 from raysweep.sweep.conclusions import describe_conclusions
+from raysweep.sweep.finalist_result import FinalistResult
+from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import build_study, to_sampler_trial
 from raysweep.sweep.plan import expected_sweep_epochs
@@ -298,6 +300,12 @@ class TestFinalists:
         assert best is not None and best.number == 1
         assert best.robust_under_autoattack == pytest.approx(115 / N)
         assert ledger.has_ended() and ledger.find_waiting_finalists() == []
+        failed = FinalistResult(3, None, N, 0.2, "Linf", error="no gradient")
+        ledger.save_trial(make_repeat(1, 1, 149, finalist=failed))
+        assert describe_finalists(ledger) == [
+            "AutoAttack could not attack trial 0001 seed 1: no gradient; the ranking leaves "
+            "AutoAttack out"
+        ]
 
 
 class TestComparison:

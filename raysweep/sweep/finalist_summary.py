@@ -149,10 +149,11 @@ def describe_ranking(ledger: Ledger) -> str:
 def _describe_failed_attacks(ledger: Ledger) -> list[str]:
     """Say which finalists AutoAttack could not attack, so that the ranking leaves it out."""
     errors = [
-        f"AutoAttack could not attack trial {trial.number:04d}: {trial.finalist.error}; "
-        "the ranking leaves AutoAttack out"
+        f"AutoAttack could not attack {run.title}: {run.finalist.error}; the ranking leaves "
+        "AutoAttack out"
         for trial in ledger.rank_trials()
-        if trial.finalist is not None and trial.finalist.error
+        for run in trial.trainings
+        if run.finalist is not None and run.finalist.error
     ]
     return errors if ledger.has_ended() else []
 
