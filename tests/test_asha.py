@@ -337,3 +337,28 @@ def test_a_trial_whose_params_are_not_valid_together_is_in_no_rung(tmp_path: Pat
     assert rungs.ledger.count_trials_left() == 19
     with pytest.raises(SpecError, match=r"^batch_size = 7: the sweep has "):
         rungs.ledger.extend_space(rungs.ledger.space.with_overrides({"batch_size": 7}))
+
+
+@pytest.mark.parametrize("margin_factor", [0.0, 1.0])
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_a_model_at_chance_stops_no_other(
+    margin_factor: float, is_restored: bool, tmp_path: Path
+) -> None:
+    """It always answers the class of 60% of the images, which no attack changes."""
+    row = {"clean": 0.6, "val/chance_limit": 0.65, "robust_margin": 1.0}
+    space = {"base": {BURN_IN: 0}, "margin_factor": margin_factor}
+    rungs = Rungs(tmp_path, **space)
+    if is_restored:
+        ledger = rungs.ledger
+        rule = ledger.space.find_selection_rule({})
+        trial = Trial(0, {BURN_IN: 0}).with_rule(rule)
+        trial = trial.with_epoch({**row, "epoch": 2.0, "robust_worst": 0.6}, rule)
+        ledger.save_trial(ledger.with_rung_results(trial, 8))
+        from raysweep.sweep.asha import AshaScheduler
+
+        rungs.asha = AshaScheduler(ledger, 8)
+    else:
+        assert not rungs.stops(0, 2, 0.6, **row), "it is the first"
+    sound = {"clean": 0.9, "val/chance_limit": 0.65, "robust_margin": 0.2}
+    assert not rungs.stops(1, 2, 0.4, **sound)
+    assert rungs.stops(2, 2, 0.7, **row)

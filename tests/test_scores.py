@@ -212,6 +212,24 @@ def test_a_warm_start_tells_the_scores_of_the_new_sweep(
     assert [result.best["robust_worst"] for result in found.results] == pytest.approx([told + 0.25])
 
 
+def test_epochs_at_chance_do_not_count(tmp_path: Path) -> None:
+    """Of two classes one has 60% of the images: until epoch 3, the model always answers it."""
+    space = build_space(score_epochs=2, margin_factor=0.5)
+    rule = space.find_selection_rule({})
+    trial = Trial(0, {LR: 0.1}).with_rule(rule)
+    for epoch, (clean, worst) in enumerate([(0.6, 0.6)] * 3 + [(0.9, 0.4), (0.9, 0.5)], 1):
+        row = {"epoch": float(epoch), "clean": clean, "robust_worst": worst}
+        trial = trial.with_epoch({**row, "robust_margin": 0.2, "val/chance_limit": 0.65}, rule)
+        if epoch == 3:
+            assert trial.averages == {} and not trial.rank_best_epoch(rule).is_eligible
+    assert trial.score("robust_worst") == pytest.approx(0.45 + 0.1)
+    assert trial.with_score(rule) == trial and len(trial.curve) == 5
+    ledger = Ledger.create(tmp_path / "s", space)
+    ledger.save_trial(trial)
+    assert ledger.load_trials() == [trial] and trial.guessing_epochs == [1, 2, 3]
+    assert "guessing_epochs" not in train(1, [0.5], rule).to_stored_dict()
+
+
 @pytest.mark.parametrize(
     ("rule", "first"), [({}, 0), ({"score_epochs": 3}, 1), ({"margin_factor": 1.0}, 2)]
 )

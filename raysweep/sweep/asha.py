@@ -9,7 +9,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.trial import Trial
-from raysweep.training.selection import SelectionRule, add_margin
+from raysweep.training.selection import SelectionRule, measure_at_rung
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class AshaScheduler(FIFOScheduler):
         for trial in ledger.load_trials():
             burn_in = ledger.find_rule(trial).burn_in
             for epoch, value in trial.curve:
+                if int(epoch) in trial.guessing_epochs:
+                    value = 0.0
                 rung_value = trial.rung_values.get(str(int(epoch)), value)
                 self._record_rung(int(epoch), trial.number, burn_in, rung_value)
 
@@ -50,7 +52,7 @@ class AshaScheduler(FIFOScheduler):
         if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
         rule = self._space.find_run_rule(self._space.trial_config(trial.config["params"]))
-        burn_in, value = rule.burn_in, add_margin(value, result, rule)
+        burn_in, value = rule.burn_in, measure_at_rung(result, rule)
         is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
         if is_new and not self._is_promotable(epoch, value):
             self._log_stop(trial.config["number"], epoch, value, rule)

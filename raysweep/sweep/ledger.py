@@ -29,8 +29,8 @@ from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.selection import (
     RunRank,
     SelectionRule,
-    add_margin,
     get_tie_break,
+    measure_at_rung,
     rank_epoch,
 )
 from raysweep.unrecorded_folders import clear_unrecorded
@@ -386,7 +386,7 @@ class Ledger:
             return trial
         rule = self._find_rule(trial)
         if rule.margin_factor and rule.objective in trial.latest:
-            value = add_margin(trial.latest[rule.objective], trial.latest, rule)
+            value = measure_at_rung(trial.latest, rule)
             values = {**trial.rung_values, str(trial.epoch): value}
             trial = replace(trial, rung_values=values)
         if trial.epoch != rungs[0]:

@@ -80,6 +80,9 @@ class Trial:
             before it, within the burn-in, and if an earlier version of raysweep trained the epoch.
         rung_values: {epoch of a rung, as text: value that ASHA compared there}, if this is the
             objective plus the margin; empty if it is the objective alone, which is in `curve`.
+        guessing_epochs: Validated epochs whose natural accuracy is no better than chance. They do
+            not count in the score: where one class is frequent, a model that always answers it
+            looks robust.
         kind: What it is; known from its folder, not stored in trial.json.
         repeats: For a trial its repeats that count in the ranking (see `plan_repeats`). They have
             files of their own.
@@ -104,6 +107,7 @@ class Trial:
     averages: EpochMetrics = field(default_factory=dict)
     rung_verdicts: ExampleVerdicts | None = None
     rung_values: dict[str, float] = field(default_factory=dict)
+    guessing_epochs: list[int] = field(default_factory=list)
     kind: RunKind = "trial"
     repeats: "tuple[Trial, ...]" = ()
 
@@ -163,7 +167,7 @@ class Trial:
         values = asdict(replace(self, repeats=()))
         if not self.is_infrastructure_failure:
             del values["is_infrastructure_failure"]
-        for name in ("averages", "rung_values"):
+        for name in ("averages", "rung_values", "guessing_epochs"):
             if not values[name]:
                 del values[name]
         if self.finalist is None:
@@ -298,16 +302,19 @@ class Trial:
         epoch = int(epoch_metrics["epoch"])
         if epoch <= self.epoch:
             return self
-        curve = self.curve
+        curve, guessing_epochs = self.curve, self.guessing_epochs
         value = epoch_metrics.get(rule.objective)
         if value is not None:
             curve = [*curve, [epoch, value]]
+            if not rank_epoch(epoch_metrics, rule).is_above_chance:
+                guessing_epochs = [*guessing_epochs, epoch]
         updated = self._with_candidate(epoch_metrics, rule)
         updated = replace(
             updated,
             epoch=epoch,
             latest=epoch_metrics,
             curve=curve,
+            guessing_epochs=guessing_epochs,
             trained_epochs=self.trained_epochs + ("shared" not in epoch_metrics),
             reason="",
         )
@@ -316,7 +323,8 @@ class Trial:
     def with_score(self, rule: SelectionRule) -> "Trial":
         """Return this trial and its repeats with the score that a rule gives them."""
         is_best_epoch_alone = rule.score_epochs == 1 and not rule.margin_factor
-        means = [] if is_best_epoch_alone else average_epochs(self.curve, rule)
+        counted = [point for point in self.curve if int(point[0]) not in self.guessing_epochs]
+        means = [] if is_best_epoch_alone else average_epochs(counted, rule)
         averages = {rule.objective: add_margin(max(means), self.best, rule)} if means else {}
         repeats = tuple(run.with_score(rule) for run in self.repeats)
         return replace(self, averages=averages, repeats=repeats)
@@ -365,7 +373,7 @@ _VERDICT_FIELDS = ("verdicts", "rung_verdicts")
 # Fields of a trial that trial.json of earlier versions lacks.
 _LATER_FIELDS = {
     *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
-    *("averages", "rung_verdicts", "rung_values"),
+    *("averages", "rung_verdicts", "rung_values", "guessing_epochs"),
 }
 _CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
 _TRIAL_TYPES: dict[str, Any] = {
@@ -375,6 +383,7 @@ _TRIAL_TYPES: dict[str, Any] = {
     **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
     **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
     **{"averages": Metrics, "rung_verdicts": dict[str, Any] | None, "rung_values": Metrics},
+    **{"guessing_epochs": list[Count]},
 }
 
 _FINALIST_TYPES: dict[str, Any] = {

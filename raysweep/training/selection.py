@@ -157,6 +157,22 @@ def add_margin(value: float, metrics: EpochMetrics, rule: SelectionRule) -> floa
     return value + rule.margin_factor * max(0.0, get_tie_break(metrics, rule.objective))
 
 
+def measure_at_rung(metrics: EpochMetrics, rule: SelectionRule) -> float:
+    """Return what ASHA compares at a rung: the objective of the epoch, with its margin.
+
+    Args:
+        metrics: Metrics of an epoch that measured the objective.
+        rule: Rule of the run.
+
+    Returns:
+        The value; 0 if the epoch is no better than chance. Where one class is frequent, a model
+        that always answers it looks robust.
+    """
+    if not rank_epoch(metrics, rule).is_above_chance:
+        return 0.0
+    return add_margin(metrics[rule.objective], metrics, rule)
+
+
 def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> list[float]:
     """Average the objective over each `score_epochs` consecutive validated epochs of a run, among
     those after the burn-in and in the window.
@@ -164,7 +180,8 @@ def average_epochs(curve: Iterable[Sequence[float]], rule: SelectionRule) -> lis
     The best epoch of many is partly best by luck. Means are less so.
 
     Args:
-        curve: Pairs (epoch, objective) of the epochs that measured it, in order.
+        curve: Pairs (epoch, objective) of the epochs that measured it and that are better than
+            chance, in order.
         rule: Rule of the run.
 
     Returns:
