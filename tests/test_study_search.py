@@ -14,6 +14,7 @@ from optuna.trial import FixedTrial, FrozenTrial
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Sampler, SearchSpace
 from raysweep.sweep.trial import Trial
+from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.selection import SelectionRule
 
 pytestmark = pytest.mark.needs_ray
@@ -477,3 +478,22 @@ def test_of_two_random_candidates_the_one_that_shares_more_epochs_is_tried(
     n_before = len(search._study.get_trials())
     search.suggest("modelled")
     assert len(search._study.get_trials()) == n_before + 1
+
+
+def test_params_that_are_not_valid_together_end_no_search(begin_search: Begin) -> None:
+    """Nesterov momentum needs momentum. Such a trial fails when it starts; here each draw is one,
+    and so is a trial of an earlier driver.
+    """
+    space = {
+        "optim.nesterov": {"categorical": [True]},
+        "optim.momentum": {"categorical": [0.0]},
+        ALPHA: {"float": [0.5, 4.0]},
+    }
+    params = {"optim.nesterov": True, "optim.momentum": 0.0, ALPHA: 1.0}
+    past = Trial(0, params, "failed", reason="optim.nesterov needs optim.momentum > 0")
+    search = begin_search(past, space=space, sampler={"kind": "tpe"})
+    for number in (1, 2, 3):
+        config = search.suggest(f"t{number}")
+        assert isinstance(config, dict) and config["number"] == number
+        search.on_trial_complete(f"t{number}", {FAILURE_KEY: "optim.nesterov needs momentum"})
+    assert search.suggest("t4") == "FINISHED"

@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from raysweep.spec import json_digest
+from raysweep.spec import SpecError, json_digest
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import constraint_values, to_sampler_trial
 from raysweep.sweep.search_space import Params
@@ -180,8 +180,13 @@ class LedgerSearcher(Searcher):
         """Return the keys of a trial's states; other trials of the sweep have the same data."""
         digest = json_digest(params)
         if digest not in self._prefix_keys:
-            config = self._ledger.space.trial_config(params)
-            self._prefix_keys[digest] = prefix_keys(config, data_fingerprint="")
+            try:
+                config = self._ledger.space.trial_config(params)
+            except SpecError:
+                # Its params are not valid together: it fails when it starts.
+                self._prefix_keys[digest] = []
+            else:
+                self._prefix_keys[digest] = prefix_keys(config, data_fingerprint="")
         return self._prefix_keys[digest]
 
     def _add_past_trial(self, trial: Trial) -> None:
