@@ -193,7 +193,8 @@ class Sweep:
               it attacked at the end of the sweep; and `corrected_score`, their scores lowered by
               as much as AutoAttack lowers the objective; absent if it attacked none.
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
-              it on the same validation images, else ""; absent if trials cannot be compared.
+              it on the same validation images, or does better there, else ""; absent if trials
+              cannot be compared.
             * `score`: the best mean of its objective over `SearchSpace.score_epochs` consecutive
               epochs, plus `SearchSpace.margin_factor` times the `robust_margin` of its best epoch;
               absent if the sweep ranks by the objective of the best epoch.
