@@ -286,7 +286,7 @@ def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=200, help="simulated sweeps of each tuner")
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat", "trades", "fat"])
     parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=TUNERS)

@@ -217,7 +217,7 @@ def describe_margins(table: Table, n_trials: int = 10, repeats: int = 400) -> st
     Args:
         table: The curves.
         n_trials: Number of random full-length trials of which the best by the score is chosen.
-        repeats: Number of tables that are drawn for the error: settings with replacement.
+        repeats: Number of bootstrap samples of the settings, for the error.
     """
     scores = [list_scores(table, 3, factor) for factor in (0.0, 1.0)]
 
@@ -379,10 +379,10 @@ def find_limit(table: Table, n_seeds: int, repeats: int = 1000) -> tuple[float, 
         table: The curves.
         n_seeds: Number of trainings whose mean score decides; 1 for the mean over the two seeds of
             the gains of two choices.
-        repeats: Number of tables that are drawn for the error.
+        repeats: Number of bootstrap samples of the settings, for the error.
 
     Returns:
-        The gain, and its standard error over tables whose settings are drawn with replacement.
+        The gain, and its bootstrap standard error over settings.
     """
     scores = list_scores(table, table.score_epochs, table.margin_factor)
     if n_seeds == 2:
@@ -577,7 +577,7 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the outcomes")
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("search_curves.npz"))
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=200, help="simulated sweeps of each search")
     parser.add_argument("--spaces", nargs="+", default=["gairat", "lrat", "trades", "fat"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
@@ -586,7 +586,9 @@ def main() -> None:
         help="number of epochs that a score averages, without the margin (default: the space's)",
     )
     parser.add_argument("--epochs", type=int, default=128, help="epochs of a sweep")
-    parser.add_argument("--ours", default="as shipped", choices=VARIANTS)
+    parser.add_argument(
+        "--ours", default="as shipped", choices=VARIANTS, help="the search whose goals are printed"
+    )
     parser.add_argument("--figure", type=Path, help="file of the figure of regret")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -92,8 +92,8 @@ class Table:
         return int(distances.argmin())
 
     def score(self, setting: int, seed: int, epoch: int) -> tuple[float, float]:
-        """Return the score of a trial after an epoch, and the margin, which breaks ties; (-1, 0)
-        within the burn-in.
+        """Return the score of a trial after an epoch, and the margin of its best epoch, which
+        breaks ties; (-1, 0) within the burn-in. `margin_factor` times the margin is in the score.
         """
         first = int(self.burn_in[setting])
         if epoch <= first:
@@ -216,7 +216,8 @@ class Asha:
         grace_period: Epoch of the first rung.
         reduction_factor: The best 1 / reduction_factor of the trials continue.
         compares_same_lr: Whether only trials with the same learning rates are compared.
-        values: The values of each rung, or of the trials with the same learning rates there.
+        values: {(epoch of the rung, learning rates as text): values of the trials that reached it};
+            the text is empty if all trials are compared.
     """
 
     grace_period: int
