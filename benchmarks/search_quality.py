@@ -490,6 +490,8 @@ def list_goals(table: Table, outcomes: dict[str, Outcome], ours: str) -> list[li
         if any(name.startswith(variant) for variant in VARIANTS):
             continue
         budgets = [epochs for epochs in (size, quarter) if epochs <= other.gains.shape[1]]
+        if not budgets:
+            continue
         differences = [
             describe_difference(gain_at(chosen, epochs), gain_at(other, epochs))
             for epochs in budgets
