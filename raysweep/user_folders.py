@@ -48,7 +48,8 @@ def can_create(path: Path) -> bool:
         path: Absolute path.
     """
     folder = path.parent
-    while not folder.exists() and folder != folder.parent:
+    # A folder in one that this user may not search counts as missing; `Path.exists` raises there.
+    while not os.access(folder, os.F_OK) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 

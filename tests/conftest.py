@@ -185,6 +185,13 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how to repeat the order of the tests: with `-q`, pytest-randomly does not."""
+    if config.pluginmanager.hasplugin("randomly"):
+        seed = config.getoption("randomly_seed")
+        terminalreporter.write_line(f"--randomly-seed={seed} repeats this order of the tests")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Compute with one thread, whatever the test before has set: with two, FAB's images differ in

@@ -62,17 +62,21 @@ def test_a_user_without_a_home(temporary: Path) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("kind", ["root of the disk", "somebody else's", "missing", "read-only"])
+@pytest.mark.parametrize(
+    "kind", ["root of the disk", "somebody else's", "closed to others", "missing", "read-only"]
+)
 def test_a_home_that_cannot_be_written(kind: str, temporary: Path) -> None:
     homes = {
         "root of the disk": Path("/"),
         "somebody else's": temporary / "theirs",
+        "closed to others": temporary / "closed",
         "missing": Path("/no/home"),
         "read-only": temporary / "home",
     }
     home = homes[kind]
-    (temporary / "theirs").mkdir(mode=0o755)
-    (temporary / "home").mkdir(mode=0o755)
+    for name, mode in (("theirs", 0o755), ("closed", 0o700), ("home", 0o755)):
+        (temporary / name).mkdir()
+        (temporary / name).chmod(mode)
     os.chown(temporary / "home", NOBODY, NOBODY)
     if kind == "read-only":
         # What ProtectHome=read-only of systemd does.
