@@ -113,6 +113,8 @@ LONG_FILES = {
     "test_ray_internals.py",
     "test_tracker_outages.py",
 }
+UMASK = os.umask(0)
+os.umask(UMASK)
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
@@ -198,6 +200,13 @@ def pytest_runtest_setup() -> None:
     their last bits when the rows of a batch are in another order.
     """
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Fail a test that leaves another umask: the files of later tests would have other modes."""
+    umask = os.umask(UMASK)
+    assert umask == UMASK, f"this test left the umask {umask:03o}"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -248,6 +248,9 @@ class TestEnd:
         reports: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ray.tune.report", reports.append)
+            for name in ("adopt_umask", "adopt_unpacked_limit", "adopt_code_files"):
+                # They change the process, here that of the tests.
+                patch.setattr(f"raysweep.sweep.tuner.{name}", lambda value: None)
             unused: Any = None
             train: Any = _make_trainable(ledger, unused, unused)
             train({"number": 0, "params": params})
