@@ -41,6 +41,8 @@ from raysweep.sweep.search_space import Sampler
 
 N_RANDOM = 64
 """Number of random trials whose gain a search should reach in a quarter of their epochs."""
+N_FIRST = {"gairat": 47, "lrat": 27, "trades": 24, "fat": 24}
+"""Number of settings that were recorded when scores, margins and rungs were chosen."""
 
 
 @dataclass
@@ -160,6 +162,13 @@ VARIANTS: dict[str, Callable[[Table, int], Search]] = {
         build, sampler={**TPE, "n_startup_trials": 3}, make_scheduler=NeverStop
     ),
     "TPE, ASHA from 4": partial(build, sampler=TPE, make_scheduler=partial(Asha, 4)),
+    "TPE, ASHA from 2, 4 random": partial(
+        build, sampler={**TPE, "n_startup_trials": 4}, make_scheduler=partial(Asha, 2)
+    ),
+    # The rungs of Ray's default: 1 and 4.
+    "TPE, ASHA from 1, 1 of 4, 4 random": partial(
+        build, sampler={**TPE, "n_startup_trials": 4}, make_scheduler=partial(Asha, 1, 4)
+    ),
     "TPE, ASHA from 6, first candidates": partial(
         build, sampler=TPE, make_scheduler=partial(Asha, 6), search=FirstCandidateSearch
     ),
@@ -372,6 +381,23 @@ def compare_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list
     return rows
 
 
+def compare_later_choices(table: Table, repeats: int, n_trials: int = 10) -> list[list[str]]:
+    """Compare ways to choose among fully trained trials, on settings that were recorded later.
+
+    Returns:
+        For each way its name and the mean gain.
+    """
+    subsets = RandomSubsets(table, repeats)
+    return [
+        [name, subsets.describe_choice(n_trials, list_scores(table, score_epochs, factor))]
+        for name, score_epochs, factor in (
+            ("best epoch", 1, 0.0),
+            ("mean of 3 epochs", 3, 0.0),
+            ("mean of 3 epochs plus the margin", 3, 1.0),
+        )
+    ]
+
+
 def find_limit(table: Table, n_seeds: int, repeats: int = 1000) -> tuple[float, float]:
     """Find the gain of the best by the score of all recorded settings.
 
@@ -564,6 +590,11 @@ def report(args: argparse.Namespace) -> None:
         print(f"\n{describe_margins(table)}")
         print("\nRandom trials, all trained to the end:\n")
         print(format_table(["choice by", "trainings", "gain"], compare_choices(table, 4000)))
+        later = table.from_setting(N_FIRST[space])
+        n_later = len(later.params)
+        print(f"\nThe {n_later} settings recorded after the choices, best of 10 random trials:\n")
+        print(format_table(["choice by", "gain"], compare_later_choices(later, 4000)))
+        print(f"\n{describe_margins(later)}")
         print(f"\nA second seed for the leaders of `{args.ours}`, or more trials:\n")
         header = ["leaders", "second seed", "more trials for the same epochs", "difference"]
         print(format_table(header, compare_repeats(table, args.ours, args.repeats)))

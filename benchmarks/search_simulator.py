@@ -14,7 +14,7 @@ import heapq
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,14 @@ class Table:
     @property
     def n_epochs(self) -> int:
         return self.objective.shape[2]
+
+    def from_setting(self, first: int) -> "Table":
+        """Return the table without its first settings."""
+        arrays = {
+            name: getattr(self, name)[first:]
+            for name in ("params", "objective", "margin", "test", "burn_in")
+        }
+        return replace(self, **arrays)
 
     @cached_property
     def truth(self) -> np.ndarray:
