@@ -153,6 +153,7 @@ def test_a_fresh_attack_on_an_honest_bundle(bundle: Path, short_attack: None) ->
     assert whole.fresh_attack is not None and whole.robust_interval is not None
     assert whole.fresh_attack.n_attacked == whole.fresh_attack.n_left == 40 - before.n_broken
     assert whole.robust_interval == pytest.approx((whole.upper_bound, whole.upper_bound))
+    assert whole.summary()["fresh_attack"] == vars(whole.fresh_attack)
     part = verify_bundle(bundle, n_attacked=4, seed=3)
     assert part.fresh_attack is not None and part.robust_interval is not None
     assert part.robust_interval[0] <= whole.upper_bound <= part.robust_interval[1]

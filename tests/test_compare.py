@@ -69,6 +69,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mine": {},
     "other-eps": {"validation__*__eps": 0.1},
     "other-steps": {"validation__attacks__pgd__steps": 3},
+    "one-attack": {"validation__attacks": {"pgd": {"steps": 2}}},
     "other-images": {"data__split_seed": 1},
     "other-objective": {"validation__objective": "pgd"},
 }
@@ -156,6 +157,7 @@ def test_autoattack_decides_where_it_attacked_both(folder: Path, tmp_path: Path)
         (("g1", "g2"), "no sweep, trial or training run 'g2'; nearest: g1"),
         (("l1", "other-eps"), "different threat models: Linf eps 0.15 and Linf eps 0.1"),
         (("l1", "other-steps"), "different attacks: validation.attacks.pgd.steps = 2 and 3"),
+        (("l1", "one-attack"), "validation.attacks.pgd.step_size.kind = eps and nothing"),
         (("l1", "other-images"), "were validated on different images: set data.val_size"),
         (("l1", "other-objective"), "different objectives: robust_worst and pgd"),
         (("mine", "g1", "g1/0007"), "g1 has no trial 0007"),

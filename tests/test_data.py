@@ -111,6 +111,10 @@ def test_arrays_from_npz_and_parquet_are_the_same(tmp_path) -> None:
             {"x": np.zeros((4, 3, 8, 8), np.uint8), "y": np.full(4, -1)},
             "labels must be 0 or larger",
         ),
+        (
+            {"x": np.zeros((4, 3, 8, 8), np.uint8), "y": np.array([0, -1, 2, 1])},
+            "labels must be 0 or larger",
+        ),
         ({"x": np.array([object()] * 4), "y": np.zeros(4, int)}, "Python objects"),
     ],
 )

@@ -126,9 +126,19 @@ def test_a_run_that_a_full_disk_ended_is_not_called_running(
     assert not [record for record in caplog.records if "lacks the last" in record.getMessage()]
 
 
-def test_a_disk_that_is_full_keeps_no_spare_space(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_keeps_no_spare_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = disk_space.SpareSpace(tmp_path / "missing", 2**20)
     space.release()
+    with monkeypatch.context() as patch:
+
+        def fill_disk(n_bytes: int) -> bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("os.urandom", fill_disk)
+        half_full = disk_space.SpareSpace(tmp_path, 2**20)
+    assert half_full._file is not None and half_full._file.closed, "what was written is free again"
     held = disk_space.SpareSpace(tmp_path, 2**20)
     assert not [*tmp_path.iterdir()] and not held.is_needed()
     held.release()

@@ -17,6 +17,7 @@ import torch
 from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
+from raysweep import evaluation
 from raysweep.attacks import (
     APGD,
     FAB,
@@ -730,3 +731,9 @@ def test_a_model_that_no_other_process_can_have(monkeypatch):
 
 def mirrored_logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x.flip(3))
+
+
+def test_a_name_that_the_package_lacks_is_no_attribute() -> None:
+    """`hasattr`, `getattr` with a default and star imports rely on this error."""
+    with pytest.raises(AttributeError, match=r"raysweep\.evaluation.* has no attribute 'nothing'"):
+        evaluation.nothing  # noqa: B018

@@ -137,6 +137,8 @@ def test_images_without_a_test_set_train_and_are_not_evaluated(workdir: Path, ca
         ({"data": make_images(8, 0)[0]}, "data: is not a pair; expected"),
         ({"data": {"test": make_images(8, 0)}}, "data: has 'test'; expected"),
         ({"data": {"train": 3, "test": 4}}, "data['train']: is not a pair (x, y) of arrays"),
+        # Not two pairs, so it is taken for one.
+        ({"data": (make_images(8, 0), 3)}, "data['train']: is not a pair (x, y) of arrays"),
         (
             {"data": {"train": (np.zeros((4, 8, 8)), [0] * 4), "test": make_images(8, 0)}},
             "data['train']: x must be uint8 of shape (N, C, H, W), got float64 of shape (4, 8, 8)",

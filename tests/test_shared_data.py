@@ -1,7 +1,9 @@
 """One copy of a data set for all processes of a machine."""
 
 import gc
+import os
 import re
+import time
 from pathlib import Path
 
 import forked_processes
@@ -66,6 +68,19 @@ def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
     assert re.match(
         r"raysweep.errors.SpecError: [\w.-]+: data.data_dir .* has no train.npz", refused
     )
+
+
+def test_the_files_that_were_used_last_are_kept(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 0)
+    folder = get_dataset_cache_dir()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for age in range(1, 9):
+        (folder / f"{age}.safetensors").touch()
+        used = time.time() - 3600 * age
+        os.utime(folder / f"{age}.safetensors", (used, used))
+    CachedDataset(spec, load_data(spec).fingerprint).load_shared(spec)
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) == 8 and {f"{age}.safetensors" for age in range(1, 8)} < names
 
 
 def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 on them.
 """
 
+import codecs
 import os
 import pickle
 
@@ -284,3 +285,18 @@ def test_a_pickle_of_python_2(tmp_path, images):
         Python2(file, protocol=2).dump(content)
     read_x, read_y = read_unlabeled_file(path)
     assert np.array_equal(read_x, x) and np.array_equal(read_y, y)
+
+
+class EncodedText:
+    """Is pickled as a call of the codec `utf-8`; pickles of bytes call `latin1`."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return codecs.encode, ("x", "utf-8")
+
+
+def test_a_pickle_with_another_codec_is_refused(tmp_path) -> None:
+    path = tmp_path / "text.pickle"
+    content = {"data": EncodedText(), "extrapolated_targets": [0]}
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(DamagedFileError, match="bytes encoded as 'utf-8'"):
+        read_unlabeled_file(path)
