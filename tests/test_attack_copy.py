@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raysweep.evaluation.attack_model import (
     FixedSizeBatches,
+    copy_model,
     forward_uses_autograd,
     make_attack_model,
 )
@@ -197,6 +198,29 @@ def test_a_copy_is_frozen_in_eval_mode_and_the_model_is_not() -> None:
     assert net.training and not net.norm.training and all(p.requires_grad for p in net.parameters())
     assert all(torch.equal(value, values[name]) for name, value in net.state_dict().items())
     assert all(p.is_contiguous() for p in net.parameters())
+
+
+class Caching(nn.Module):
+    """Keeps what it computed last, as some models do for their visualizations."""
+
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.linear, self.wrap, self.last = nn.Linear(2, 2), wrap, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        self.last = self.wrap(out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: [x], lambda x: {"scores": x}, lambda x: {"scores": [x]}]
+)
+def test_a_model_that_keeps_computed_tensors_is_copied(wrap: Callable[[Tensor], object]) -> None:
+    model = Caching(wrap).eval()
+    expected = model(torch.eye(2))
+    copied = copy_model(model)
+    assert copied is not None and torch.equal(copied(torch.eye(2)), expected)
 
 
 def test_batches_are_cut_and_padded_to_the_tile() -> None:
