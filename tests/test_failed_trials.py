@@ -75,6 +75,12 @@ def list_run_states(folder: Path) -> dict[str, str]:
 
 
 class TestRestart:
+    def test_a_failed_trial_is_work_only_if_all_shall_run_again(
+        self, make_ledger: Callable[..., Ledger]
+    ) -> None:
+        ended = make_ledger(nan(0), finished(1), finished(2))
+        assert not ended.has_work_left() and ended.has_work_left(retry_failed=True)
+
     def test_only_what_the_surroundings_ended_runs_again_unless_all_shall(
         self, make_ledger: Callable[..., Ledger]
     ) -> None:

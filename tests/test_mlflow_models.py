@@ -84,6 +84,8 @@ def test_mlflow_loads_the_champion(
         model.predict(np.zeros((1, 3, 8, 8), np.float32))
     with pytest.raises(Exception, match="expected \\[0, 1\\]: divide by 255"):
         model.predict(255 * x.numpy())
+    with pytest.raises(Exception, match=r"pixels from 0 to 1\.5; expected"):
+        model.predict(1.5 * x.numpy())
     _, folder = champion.download_checkpoint("models:/digits", tmp_path / "from")
     again = read_checkpoint(folder)
     assert again.meta["history"] == trained[0].best_checkpoint.meta["history"]

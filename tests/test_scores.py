@@ -97,6 +97,10 @@ def test_a_score_includes_the_margin_of_the_best_epoch() -> None:
     assert alone.score_name == "score with margin"
     best_alone = trial.with_score(alone.find_selection_rule({}))
     assert best_alone.score("robust_worst") == pytest.approx(0.9 + 0.4)
+    repeated = replace(trial, repeats=(replace(trial, kind="repeat"),)).with_score(
+        alone.find_selection_rule({})
+    )
+    assert [run.score("robust_worst") for run in repeated.repeats] == pytest.approx([0.9 + 0.4])
     for metric in ("clean", ["robust_worst", "clean"]):
         without = build_space(margin_factor=1, metric=metric)
         assert without.find_selection_rule({}).margin_factor == 0

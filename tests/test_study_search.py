@@ -372,6 +372,19 @@ def test_a_condition_on_null_needs_the_value_not_its_absence() -> None:
         assert space.suggest_params(FixedTrial(values)).keys() == active  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("kind", "of_optuna"),
+    [
+        ("tpe", "TPESampler"),
+        ("gp", "GPSampler"),
+        ("random", "RandomSampler"),
+        ("nsga2", "NSGAIISampler"),
+    ],
+)
+def test_each_sampler_is_that_of_optuna(kind: str, of_optuna: str) -> None:
+    assert type(Sampler(kind=kind).build_sampler()).__name__ == of_optuna  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])
 def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
     def draw(sampler: Sampler, past_trial: int) -> float:

@@ -475,6 +475,8 @@ def test_the_hours_of_a_plan(
     assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
     assert (rest["trials"], rest["trials_left"]) == (5, 3)
     assert whole["epochs_expected"] == 20 and rest["epochs_expected"] == 3 + 4 + 4
+    left = plan_sweep(sweep, digits, Resources(), None, past).max_epochs
+    assert left == (8 - 3) + 8 + 8, "of the trial that runs, and of two new ones"
     assert (one["trials_left"], one["epochs_expected"]) == (1, 3), (
         "the trial that has 3 of 8 epochs behind it"
     )
