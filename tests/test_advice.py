@@ -69,6 +69,10 @@ def test_nothing_to_say_of_nothing() -> None:
     assert advise_on_training(build_training_config("at"), []) == []
 
 
+def test_a_method_without_weights_has_no_burn_in() -> None:
+    assert advise_on_training(build_training_config("at"), [{**GOOD, "epoch": 1.0}]) == []
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "lines"),
     [

@@ -1,6 +1,7 @@
 """Models that MLflow itself loads and serves, and its records of data sets."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from free_ports import choose_free_port
 from raysweep.data import DatasetSplits, load_data
 from raysweep.stores import open_path
 from raysweep.tracking import RunRecorder, Tracker, training_run_tags
+from raysweep.tracking.mlflow_tracker import EpochRecord, _make_metrics
 from raysweep.training.checkpoint import RunDirectory, read_checkpoint
 from raysweep.training.model_loading import load_trained_model
 from raysweep.training.trainer import TrainingResult, train_model
@@ -188,3 +190,11 @@ def test_the_name_of_the_experiment_is_that_of_the_user(
         ]
     files = [file.relative_to(workdir) for file in workdir.rglob("file.txt")]
     assert len(files) == 3 and {file.parts[0] for file in files} == {"mlruns"}
+
+
+def test_mlflow_gets_the_objective_of_an_epoch_first() -> None:
+    """Its page proposes the metric that came first."""
+    values = {"train/loss": 1.0, "clean": 0.9, "robust_worst": 0.5, "epoch": 3.0, "pgd": math.nan}
+    metrics = _make_metrics(EpochRecord(values, 3, 1000))
+    assert [metric.key for metric in metrics] == ["robust_worst", "clean", "train/loss"]
+    assert {(metric.step, metric.timestamp) for metric in metrics} == {(3, 1000)}
