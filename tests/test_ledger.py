@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
+from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import build_study
@@ -361,3 +362,13 @@ def test_a_study_of_a_sweep_has_its_ended_trials_in_their_order(ledger: Ledger) 
         optuna.trial.TrialState.PRUNED,
     ]
     assert [trial.value for trial in trials] == [0.0, None, 0.75]
+
+
+def test_a_long_value_is_shown_by_its_first_60_characters(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "s", space())
+    ledger.save_trial(Trial(0, {LR: 0.1}))
+    file = ledger.trial_path(0) / "trial.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "epoch": "x" * 100}))
+    with pytest.raises(DamagedFileError) as error:
+        ledger.load_trials()
+    assert f"epoch = '{59 * 'x'}...: expected" in str(error.value)

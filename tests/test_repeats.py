@@ -164,6 +164,14 @@ class TestSettings:
 
 
 class TestRounds:
+    def test_a_failed_seed_is_left_alone_unless_all_failed_runs_shall_run_again(
+        self, tmp_path: Path
+    ) -> None:
+        failed = make_repeat(0, 1, 100, state="failed", reason="the loss became nan")
+        ledger = make_ledger(tmp_path, *FIVE, failed)
+        left = ledger.count_repeats_left()
+        assert ledger.count_repeats_left(retry_failed=True) == left + 1
+
     def test_by_hand(self, tmp_path: Path) -> None:
         """Second seeds turn the order around; the better two get a third seed, and it decides."""
         ledger = make_ledger(tmp_path, *FIVE[:4])
