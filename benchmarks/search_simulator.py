@@ -181,8 +181,8 @@ class OptunaSearch:
         """
         first, sampler = self.draw_candidate(), self.space.sampler
         n_told = len(self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-        learns = sampler.kind in ("tpe", "gp")
-        if not (self.compares_costs and learns and n_told < sampler.n_startup_trials):
+        draws_at_random = sampler.learns_after_startup and n_told < sampler.n_startup_trials
+        if not (self.compares_costs and draws_at_random):
             return first
         second = self.draw_candidate()
         longest = max((self.table.burn_in[setting] for setting in tried), default=0)

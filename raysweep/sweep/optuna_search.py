@@ -151,30 +151,27 @@ class LedgerSearcher(Searcher):
         return trial, params
 
     def _draws_at_random(self) -> bool:
-        """Return whether a sampler that learns from results has too few of them for its next
-        proposal, which is not a starting point.
+        """Return whether the next proposal is a random one of a sampler that learns later, and not
+        a starting point; False if trials share no epochs.
         """
         space = self._ledger.space
         n_results = len(self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
         return (
             space.share_prefixes
-            and space.sampler.kind in ("tpe", "gp")
+            and space.sampler.learns_after_startup
             and n_results < space.sampler.n_startup_trials
             and not self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
         )
 
     def _count_shared_epochs(self, params: Params) -> int:
         """Return how many of the first epochs of a trial another trial of the sweep trains, too."""
-        keys = self._list_prefix_keys(params)
-        n_shared = (
-            sum(
-                key == other
-                for key, other in zip(keys, self._list_prefix_keys(tried), strict=False)
-            )
-            for tried in self._tried_params.values()
-        )
+        # A key depends on all epochs before it, so equal keys are those of common first epochs.
+        known_keys = {
+            key for tried in self._tried_params.values() for key in self._list_prefix_keys(tried)
+        }
+        n_known = sum(key in known_keys for key in self._list_prefix_keys(params))
         # The first key is that of the untrained network.
-        return max(0, max(n_shared, default=0) - 1)
+        return max(0, n_known - 1)
 
     def _list_prefix_keys(self, params: Params) -> list[str]:
         """Return the keys of a trial's states; other trials of the sweep have the same data."""

@@ -243,6 +243,13 @@ class Sampler(Spec):
         return 500 if self.kind == "gp" else None
 
     @property
+    def learns_after_startup(self) -> bool:
+        """Whether the sampler draws at random until `n_startup_trials` trials have results, and
+        models the results from then on.
+        """
+        return self.kind in ("tpe", "gp")
+
+    @property
     def models_inactive_params(self) -> bool:
         """Whether the sampler needs a value of each searched setting, also of an inactive one."""
         return self.kind == "gp"
